@@ -1,0 +1,28 @@
+"""The engine, its pieces, and the named methods made of them."""
+
+from flatmin.optim.balls import Ball
+from flatmin.optim.combine import Combine, Perturbed
+from flatmin.optim.diagnostics import Diagnostics
+from flatmin.optim.directions import Direction, Gradient
+from flatmin.optim.engine import SharpnessAware
+from flatmin.optim.methods.asam import ASAM
+from flatmin.optim.methods.sam import SAM
+from flatmin.optim.metrics import Adaptive, Identity, Metric
+from flatmin.optim.when import Always, When
+
+__all__ = [
+    "ASAM",
+    "SAM",
+    "Adaptive",
+    "Always",
+    "Ball",
+    "Combine",
+    "Diagnostics",
+    "Direction",
+    "Gradient",
+    "Identity",
+    "Metric",
+    "Perturbed",
+    "SharpnessAware",
+    "When",
+]

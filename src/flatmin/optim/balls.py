@@ -1,0 +1,113 @@
+"""Balls: the perturbation within reach that goes furthest along a direction (eq. 2 of the paper)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flatmin.optim.metrics import Identity, Metric
+from flatmin.optim.norms import dual_order, joint_norm
+
+
+@dataclass(frozen=True)
+class UnitStep:
+    """A perturbation of radius 1, held as ``scale * tensors`` so that the product fuses into the addition using it.
+
+    Attributes:
+        tensors: One per parameter, shaped like it.
+        scale: 0-dim tensor; zero where the direction is zero or not finite.
+        is_finite: 0-dim boolean tensor: whether every entry of the direction was finite.
+    """
+
+    tensors: list[Tensor]
+    scale: Tensor
+    is_finite: Tensor
+
+
+@dataclass(frozen=True)
+class Ball:
+    """The ball ``||T^-1 eps||_p <= rho`` over all parameters together.
+
+    Args:
+        p: Order of the norm, from 1 to infinity.
+        metric: The scaling T.
+    """
+
+    p: float = 2.0
+    metric: Metric = field(default_factory=Identity)
+
+    def __post_init__(self) -> None:
+        if not self.p >= 1.0:
+            raise ValueError(f"p must be >= 1, got {self.p}")
+
+    def farthest(self, direction: list[Tensor], scaling: list[Tensor] | None) -> UnitStep:
+        """The maximiser of ``<direction, eps>`` over the ball of radius 1.
+
+        With ``u = T d`` and ``1/p + 1/q = 1``::
+
+            eps = T * sign(u) * |u|^(q-1) / (||u||_q^q)^(1/p)
+
+        which is ``d / ||d||`` for p = 2, ``sign(d)`` for p = infinity, and for p = 1 the largest entry alone (the first
+        of equal ones). A zero direction gives zero.
+
+        Args:
+            direction: d, one tensor per parameter.
+            scaling: T from the metric; ``None`` for all ones.
+
+        References:
+            Foret et al. (2021), arXiv:2010.01412, Eq. 2; with T: Kwon et al. (2021), arXiv:2102.11600, Eq. 4.
+        """
+        scaled = direction if scaling is None else [d * t for d, t in zip(direction, scaling, strict=True)]
+        if self.p == 2.0:
+            length = joint_norm(scaled)
+            tensors, scale = scaled, 1 / length
+        else:
+            length = joint_norm(scaled, math.inf)
+            tensors, scale = _dual(scaled, self.p, length)
+        if scaling is not None:
+            tensors = [u * t for u, t in zip(tensors, scaling, strict=True)]
+        is_finite = torch.isfinite(length)
+        return UnitStep(tensors, torch.where(is_finite & (length > 0), scale, 0.0), is_finite)
+
+    def project(self, steps: list[Tensor], radii: Sequence[float], scaling: list[Tensor] | None) -> list[Tensor]:
+        """The nearest point of the ball, for p = 2 (in the metric's length) and p = infinity.
+
+        Args:
+            steps: eps, one tensor per parameter.
+            radii: rho of each parameter; a parameter of radius 0 stays where it is.
+            scaling: T, or ``None``.
+        """
+        reach = [abs(rho) * (1.0 if scaling is None else scaling[index]) for index, rho in enumerate(radii)]
+        if math.isinf(self.p):
+            return [step.clamp(-torch.as_tensor(r), torch.as_tensor(r)) for step, r in zip(steps, reach, strict=True)]
+        relative = [torch.where(step == 0, 0.0, step / r) for step, r in zip(steps, reach, strict=True)]
+        shrink = torch.clamp(1 / joint_norm(relative), max=1.0)  # 1 / 0 is infinite, so no step stays no step
+        return [step * shrink.to(step.device, step.dtype) for step in steps]
+
+
+def _dual(u: list[Tensor], p: float, largest: Tensor) -> tuple[list[Tensor], Tensor]:
+    """``sign(u) |u|^(q-1)`` and ``1 / (||u||_q^q)^(1/p)``, both on u divided by its largest entry, against overflow."""
+    if p == 1.0:
+        return _largest_entry(u), torch.ones_like(largest)
+    if math.isinf(p):
+        return [tensor.sign() for tensor in u], torch.ones_like(largest)
+    q = dual_order(p)
+    peak = torch.where(largest > 0, largest, 1.0)
+    relative = [tensor / peak.to(tensor.device, tensor.dtype) for tensor in u]
+    # (sum |u|^q)^(1/p) = ||u||_q^(q/p) and q/p = q - 1
+    return [r.sign() * r.abs() ** (q - 1) for r in relative], joint_norm(relative, q) ** (1 - q)
+
+
+def _largest_entry(u: list[Tensor]) -> list[Tensor]:
+    """The sign of the entry largest in absolute value, in its place; zero elsewhere. The first of equal ones wins."""
+    peaks = [tensor.abs().flatten().max(dim=0) for tensor in u]
+    winner = torch.stack([peak.values.to(u[0].device, torch.float64) for peak in peaks]).argmax()
+    one_hot = []
+    for index, (tensor, peak) in enumerate(zip(u, peaks, strict=True)):
+        sign = tensor.flatten()[peak.indices].sign() * (winner == index).to(tensor.device)
+        one_hot.append(
+            torch.zeros_like(tensor).flatten().scatter(0, peak.indices.view(1), sign.view(1)).view_as(tensor)
+        )
+    return one_hot

@@ -1,0 +1,1 @@
+"""The named methods: each a choice of pieces."""

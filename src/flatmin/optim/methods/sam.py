@@ -1,0 +1,39 @@
+"""SAM: the gradient at the worst point of a ball around the weights."""
+
+from typing import Unpack
+
+from torch.optim import Optimizer
+
+from flatmin.optim.balls import Ball
+from flatmin.optim.engine import EngineOptions, SharpnessAware
+
+
+class SAM(SharpnessAware):
+    """Sharpness-Aware Minimization: ``eps = rho * g / ||g||_2``, then a base step with the gradient at ``w + eps``.
+
+    Cost: two forward-backward passes a step, and one copy of the parameters during the second.
+
+    Args:
+        base: The optimizer that takes the step.
+        rho: Radius, ``>= 0``. The default is the paper's for WRN-28-10 on CIFAR-10 (Table 6), "a solid default".
+        p: Order of the norm that bounds the perturbation, from 1 to infinity; the dual formula is Eq. 2.
+        **options: ``ascent_steps``, ``model``, ``diagnostics``, ``skip_nonfinite``, see ``SharpnessAware``.
+
+    References:
+        Foret et al. (2021), arXiv:2010.01412, Algorithm 1.
+
+    Example:
+        >>> import torch, flatmin
+        >>> model = torch.nn.Linear(3, 1)
+        >>> base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> optimizer = flatmin.SAM(base, rho=0.05, model=model)
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = model(torch.ones(2, 3)).square().mean()
+        ...     loss.backward()
+        ...     return loss
+        >>> loss = optimizer.step(closure)
+    """
+
+    def __init__(self, base: Optimizer, rho: float = 0.05, *, p: float = 2.0, **options: Unpack[EngineOptions]) -> None:
+        super().__init__(base, rho, ball=Ball(p), **options)

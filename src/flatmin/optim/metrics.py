@@ -1,0 +1,96 @@
+"""Metrics: the diagonal scaling T in which a ball is measured, ``||T^-1 eps||_p <= rho``."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from flatmin.optim.groups import ActiveGroup
+
+Scaled = Literal["weights", "matrices", "all"]
+
+
+class Metric(Protocol):
+    """A diagonal scaling of the parameters."""
+
+    @property
+    def needs_names(self) -> bool:
+        """Whether the scaling asks for the parameters' names."""
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """Hyperparameters that every parameter group gets, each group with a value of its own."""
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` where a group's own value is outside its domain."""
+
+    def scaling(self, groups: list[ActiveGroup]) -> list[Tensor] | None:
+        """T at the present parameters: a tensor per parameter that broadcasts to it; ``None`` stands for all ones."""
+
+
+class Identity:
+    """The Euclidean metric of SAM: T = 1."""
+
+    needs_names = False
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """None."""
+        return {}
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Nothing to check."""
+
+    def scaling(self, groups: list[ActiveGroup]) -> None:
+        """T = 1 for every entry."""
+
+
+class Adaptive:
+    """The scale-invariant metric of ASAM: ``T = |w| + eta`` where a parameter is scaled, 1 elsewhere.
+
+    Args:
+        eta: Added to ``|w|`` so that zero weights move too; a group entry, ``>= 0``.
+        scaled: Which parameters are scaled. ``"weights"``: those whose name contains "weight", which leaves out biases
+            and the shift of a norm layer but not its gain, as in the ASAM authors' code; it needs the names.
+            ``"matrices"``: those of two dimensions and more, so neither biases nor norm layers. ``"all"``: every one,
+            as in the popular port.
+
+    References:
+        Kwon et al. (2021), arXiv:2102.11600, Eq. 3 and Algorithm 1; SamsungLabs/ASAM, ``asam.py``.
+    """
+
+    def __init__(self, eta: float = 0.01, scaled: Scaled = "weights") -> None:
+        if scaled not in ("weights", "matrices", "all"):
+            raise ValueError(f'scaled must be "weights", "matrices" or "all", got {scaled!r}')
+        self.eta = eta
+        self.scaled = scaled
+        self.check(self.defaults)
+
+    @property
+    def needs_names(self) -> bool:
+        """Only the authors' rule goes by name."""
+        return self.scaled == "weights"
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """``eta``."""
+        return {"eta": self.eta}
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Refuse ``eta`` below zero, infinite or NaN."""
+        if not 0.0 <= options["eta"] < math.inf:
+            raise ValueError(f"eta must be >= 0 and finite, got {options['eta']}")
+
+    def scaling(self, groups: list[ActiveGroup]) -> list[Tensor]:
+        """``|w| + eta``, or a 0-dim one."""
+        return [
+            param.abs().add_(group.options["eta"]) if self._scales(param, name) else param.new_ones(())
+            for group in groups
+            for param, name in zip(group.params, group.names or [""] * len(group.params), strict=True)
+        ]
+
+    def _scales(self, param: Tensor, name: str) -> bool:
+        if self.scaled == "weights":
+            return "weight" in name
+        return self.scaled == "all" or param.dim() > 1

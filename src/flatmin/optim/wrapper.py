@@ -1,0 +1,128 @@
+"""An optimizer around another one: groups, state, checkpoints and copies are the base's own."""
+
+import math
+from collections import defaultdict
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+_STATE_DICT_HOOKS = (
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+class Wrapper(Optimizer):
+    """Shares ``param_groups`` and ``state`` with a base optimizer and adds entries of its own to the groups.
+
+    The state dict is the base's, with our entries in its groups. So it loads into the base, a checkpoint of the base
+    loads into the wrapper (our entries keep their present values), and a base that initialises its state on the first
+    step never meets state that is not its own.
+
+    Args:
+        base: The optimizer to wrap.
+        own_defaults: Entries that each group gets unless it brings its own.
+    """
+
+    def __init__(self, base: Optimizer, own_defaults: dict[str, Any]) -> None:
+        _check_base(base)
+        self.base = base
+        self._own_defaults = {**own_defaults, "num_steps": 0}
+        self.check_options(self._own_defaults)
+        for group in base.param_groups:
+            self._check_not_wrapped(group)
+            self.check_options({**self._own_defaults, **group})
+        groups, state = base.param_groups, base.state
+        super().__init__(groups, {**base.defaults, **self._own_defaults})  # empties both: they are the base's own
+        base.param_groups, base.state = groups, state
+        self._share_hooks()
+
+    def check_options(self, options: dict[str, Any]) -> None:
+        """Raise ``ValueError`` where an entry of a group is outside its domain."""
+        if not 0.0 <= options["rho"] < math.inf:
+            raise ValueError(f"rho must be >= 0 and finite, got {options['rho']}")
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base's parameter groups."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The base's state."""
+        return self.base.state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self.base.state = state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base, with our entries; its own ``rho`` is kept."""
+        if isinstance(param_group, dict):
+            self.check_options({**self._own_defaults, **param_group})
+            for name, default in self._own_defaults.items():
+                param_group.setdefault(name, default)
+        self.base.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state dict, in torch's standard form."""
+        return self.base.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class or of the base; entries it lacks keep their present values."""
+        own = [{name: group[name] for name in self._own_defaults} for group in self.param_groups]
+        self.base.load_state_dict(state_dict)
+        for group, entries in zip(self.param_groups, own, strict=True):
+            for name, value in entries.items():
+                group.setdefault(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        dropped = {"step", "_zero_grad_profile_name", *_STATE_DICT_HOOKS}  # a scheduler patches `step` on the instance
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in dropped and not name.startswith("_optimizer_step")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share_hooks()
+
+    def _share_hooks(self) -> None:
+        for name in _STATE_DICT_HOOKS:
+            setattr(self, name, getattr(self.base, name))
+
+    def _check_not_wrapped(self, group: dict[str, Any]) -> None:
+        rho = self._own_defaults["rho"]
+        if "num_steps" in group and group.get("rho") != rho:
+            raise ValueError(
+                f"rho must equal the {group.get('rho')} that the base already has from another sharpness-aware "
+                f"optimizer or its checkpoint, got {rho}: set group['rho'] after construction to change it"
+            )
+
+
+def names_of(model: nn.Module | None, groups: list[dict[str, Any]]) -> dict[Tensor, str]:
+    """The parameters' names: as the groups tell them, else as the model does; empty where some are unknown."""
+    names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()} if model is not None else {}
+    for group in groups:
+        names.update(zip(group["params"], group.get("param_names", ()), strict=False))
+    return names if all(param in names for group in groups for param in group["params"]) else {}
+
+
+def _check_base(base: object) -> None:
+    if not isinstance(base, Optimizer):
+        raise TypeError(
+            f"base must be a torch.optim.Optimizer instance, got {base!r}; "
+            "flatmin.compat.SAM takes a class and its keywords"
+        )
+    if isinstance(base, Wrapper):
+        raise TypeError(f"base must not be sharpness-aware itself, got {type(base).__name__}")
+    if isinstance(base, LBFGS):
+        raise TypeError("base must take a step without a closure, got LBFGS, which evaluates the loss on its own")

@@ -1,0 +1,1 @@
+"""Train, compare and evaluate networks with and without sharpness-aware optimizers."""

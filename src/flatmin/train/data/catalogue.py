@@ -1,0 +1,107 @@
+"""What is known of each data set: its size, its normalisation, and what is done to its training images."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from flatmin.train.data.augmentation import Augmentation
+from flatmin.train.data.image_set import ImageSet
+from flatmin.train.data.normalization import Normalization
+
+DatasetName = Literal["digits", "fashion-mnist", "cifar10", "cifar100"]
+AugmentationName = Literal["none", "basic", "cutout"]
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """Facts about one data set that hold before it is loaded.
+
+    Args:
+        image_shape: Height, width and channels.
+        num_classes: Number of classes.
+        normalization: Mean and standard deviation of the training set.
+        basic: The augmentation called ``basic``.
+        cutout_length: Side in pixels of the square that the augmentation called ``cutout`` adds.
+    """
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    normalization: Normalization
+    basic: Augmentation
+    cutout_length: int
+
+    def check(self, images: ImageSet) -> None:
+        """Raise ``ValueError`` unless ``images`` has the image shape and the number of classes of this data set."""
+        shape = tuple(images.train_images.shape[1:])
+        if shape != self.image_shape:
+            raise ValueError(f"train_images must have shape (N, {str(self.image_shape)[1:]}, got (N, {str(shape)[1:]}")
+        if images.num_classes != self.num_classes:
+            raise ValueError(f"classes must be {self.num_classes} names, got {images.num_classes}")
+
+
+FLIP_AND_CROP = Augmentation(flip=True, crop_padding=4)
+
+CATALOGUE: dict[DatasetName, DatasetFacts] = {
+    "digits": DatasetFacts(
+        image_shape=(8, 8, 1),
+        num_classes=10,
+        normalization=Normalization((0.3056,), (0.3760,)),
+        # A mirrored digit is another sign, and the paper around a digit is black.
+        basic=Augmentation(crop_padding=1, padding_mode="zeros"),
+        cutout_length=4,
+    ),
+    "fashion-mnist": DatasetFacts(
+        image_shape=(28, 28, 1),
+        num_classes=10,
+        # Of its own training set. The SAM authors' release takes those of MNIST, 0.1307 and 0.3081.
+        normalization=Normalization((0.2860,), (0.3530,)),
+        basic=FLIP_AND_CROP,
+        cutout_length=16,
+    ),
+    "cifar10": DatasetFacts(
+        image_shape=(32, 32, 3),
+        num_classes=10,
+        normalization=Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+        basic=FLIP_AND_CROP,
+        cutout_length=16,
+    ),
+    "cifar100": DatasetFacts(
+        image_shape=(32, 32, 3),
+        num_classes=100,
+        normalization=Normalization((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+        basic=FLIP_AND_CROP,
+        cutout_length=16,
+    ),
+}
+
+
+def dataset_facts(name: DatasetName) -> DatasetFacts:
+    """Return what is known of the data set called ``name``.
+
+    Raises:
+        ValueError: No such data set.
+    """
+    if name not in CATALOGUE:
+        raise ValueError(f"dataset must be one of {', '.join(CATALOGUE)}, got {name!r}")
+    return CATALOGUE[name]
+
+
+def augmentation_preset(name: AugmentationName, dataset: DatasetName) -> Augmentation:
+    """Return the augmentation called ``name`` as it suits ``dataset``.
+
+    ``none`` does nothing. ``basic`` flips half of the images and crops with 4 pixels of reflected padding; digits are
+    shifted by one pixel at most, and not flipped. ``cutout`` is ``basic`` and a square of 16 pixels, 4 for digits.
+
+    Raises:
+        ValueError: No such augmentation or data set.
+
+    References:
+        Foret et al. (2021), arXiv:2010.01412, section 3.1; the sizes are those of google-research/sam.
+    """
+    facts = dataset_facts(dataset)
+    if name == "none":
+        return Augmentation()
+    if name == "basic":
+        return facts.basic
+    if name == "cutout":
+        return replace(facts.basic, cutout_length=facts.cutout_length)
+    raise ValueError(f"augmentation must be one of none, basic, cutout, got {name!r}")

@@ -1,0 +1,91 @@
+"""Find a data set: in its file, where the system keeps it, or on the network."""
+
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torchvision import datasets
+
+from flatmin.train.data import fashion_mnist
+from flatmin.train.data.catalogue import DatasetName, dataset_facts
+from flatmin.train.data.digits import read_digits
+from flatmin.train.data.image_file import read_image_file, write_image_file
+from flatmin.train.data.image_set import ImageSet
+from flatmin.train.data.seeding import generator_from
+
+TORCHVISION_CLASSES = {
+    "fashion-mnist": datasets.FashionMNIST,
+    "cifar10": datasets.CIFAR10,
+    "cifar100": datasets.CIFAR100,
+}
+
+
+def load_images(name: DatasetName, data_dir: Path, *, download: bool = True) -> ImageSet:
+    """Load a data set.
+
+    ``digits`` comes with scikit-learn. Any other is kept as the one file ``<data_dir>/<name>.safetensors``: tensors
+    ``train_images`` and ``test_images``, uint8 (N, H, W, C); ``train_labels`` and ``test_labels``, integers (N,); and
+    the class names, separated by commas, as metadata ``classes``. Where it lies, nothing is downloaded. Fashion-MNIST
+    is also found where Debian's package ``dataset-fashion-mnist`` puts it. Else torchvision downloads the set, and the
+    file is written. Replicas that share ``data_dir`` may all call this, but it is cheaper to let one go first.
+
+    The training images are put in one fixed random order, the same in every run, because a file may be sorted by class:
+    then `split_validation`, which takes the last of them, is a random split.
+
+    Args:
+        name: Which data set.
+        data_dir: Directory of the files. It is made when a download succeeds.
+        download: Whether the network may be used.
+
+    Returns:
+        The images, on the CPU.
+
+    Raises:
+        FileNotFoundError: There is no file and no download; the message says what to put where.
+        ValueError: There is no such data set, or the file is damaged; the message names the file, the tensor, the rule
+            and the value. The file is left as it is.
+    """
+    facts = dataset_facts(name)
+    path = data_dir / f"{name}.safetensors"
+    if name == "digits":
+        return read_digits()
+    if path.exists():
+        images = read_image_file(path)
+    elif name == "fashion-mnist" and fashion_mnist.DEBIAN_DIR.is_dir():
+        path = fashion_mnist.DEBIAN_DIR
+        images = fashion_mnist.read_idx_files(path)
+    else:
+        images = downloaded(name, path, download=download)
+        write_image_file(path, images)
+    try:
+        facts.check(images)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    order = torch.randperm(len(images.train_images), generator=generator_from("training images"))
+    return replace(images, train_images=images.train_images[order], train_labels=images.train_labels[order])
+
+
+def downloaded(name: DatasetName, path: Path, *, download: bool) -> ImageSet:
+    """Fetch a data set with torchvision, which compares the published checksums, by way of a temporary directory."""
+    try:
+        if not download:
+            raise RuntimeError("downloads are switched off")
+        with TemporaryDirectory() as directory:
+            dataset = TORCHVISION_CLASSES[name]
+            train, test = (dataset(directory, train=train, download=True) for train in (True, False))
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        height, width, channels = dataset_facts(name).image_shape
+        package = " or install Debian's package dataset-fashion-mnist" if name == "fashion-mnist" else ""
+        raise FileNotFoundError(
+            f"{name} could not be downloaded ({reason}): put it at {path}, one safetensors file with uint8 tensors "
+            f"train_images and test_images of shape (N, {height}, {width}, {channels}), integer tensors train_labels "
+            f'and test_labels of shape (N,), and the class names, separated by commas, as metadata "classes"{package}'
+        ) from error
+    parts = [torch.as_tensor(part) for split in (train, test) for part in (split.data, split.targets)]
+    train_images, train_labels, test_images, test_labels = parts
+    shape = (-1, *dataset_facts(name).image_shape)  # torchvision leaves out the channel of grey images
+    return ImageSet(
+        train_images.view(shape), train_labels.long(), test_images.view(shape), test_labels.long(), tuple(train.classes)
+    )

@@ -1,0 +1,165 @@
+"""Digits, the catalogue, the validation split and label noise."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from flatmin.train.data import (
+    Augmentation,
+    ImageSet,
+    Normalization,
+    augmentation_preset,
+    dataset_facts,
+    fashion_mnist,
+    flip_labels,
+    load_images,
+    split_validation,
+)
+from flatmin.train.data.seeding import generator_from
+
+
+def test_digits_are_those_of_scikit_learn_each_once_with_its_label(tmp_path):
+    images = load_images("digits", tmp_path / "absent")
+    assert images.train_images.shape == (1297, 8, 8, 1)
+    assert images.test_images.shape == (500, 8, 8, 1)
+    ours = torch.cat((images.train_images, images.test_images)).flatten(1).tolist()
+    labels = torch.cat((images.train_labels, images.test_labels)).tolist()
+    source = load_digits()
+    scaled = np.rint(source.data * 255 / 16).astype(int).tolist()
+    assert sorted(zip(ours, labels, strict=True)) == sorted(zip(scaled, source.target.tolist(), strict=True))
+    assert ours != scaled
+    assert not (tmp_path / "absent").exists()
+
+
+def test_digits_are_split_alike_in_every_run(tmp_path):
+    first, second = (load_images("digits", tmp_path) for _ in range(2))
+    assert torch.equal(first.test_images, second.test_images)
+    assert first.test_labels[:8].tolist() == [8, 8, 6, 3, 0, 3, 3, 9]  # results must stay comparable
+    assert (first.test_labels.bincount(minlength=10) > 35).all()
+
+
+def test_digits_have_the_mean_and_deviation_of_the_catalogue(tmp_path):
+    pixels = load_images("digits", tmp_path).train_images.double() / 255
+    facts = dataset_facts("digits")
+    assert facts.normalization == Normalization((round(pixels.mean().item(), 4),), (round(pixels.std().item(), 4),))
+
+
+@pytest.mark.skipif(not fashion_mnist.DEBIAN_DIR.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
+def test_fashion_mnist_of_debian_has_the_published_counts_and_statistics(tmp_path):
+    images = load_images("fashion-mnist", tmp_path, download=False)
+    assert images.train_labels.bincount().tolist() == [6000] * 10
+    assert images.test_labels.bincount().tolist() == [1000] * 10
+    counts = images.train_images.flatten().bincount(minlength=256).double()
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    mean = (counts * levels).sum() / counts.sum()
+    std = ((counts * (levels - mean) ** 2).sum() / counts.sum()).sqrt()
+    assert dataset_facts("fashion-mnist").normalization == Normalization(
+        (round(mean.item(), 4),), (round(std.item(), 4),)
+    )
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion-mnist", "cifar10", "cifar100"])
+def test_presets_grow_from_none_over_basic_to_cutout(name):
+    none, basic, cutout = (augmentation_preset(preset, name) for preset in ("none", "basic", "cutout"))
+    assert none == Augmentation(flip=False, crop_padding=0, cutout_length=0)
+    if name == "digits":
+        assert basic == Augmentation(flip=False, crop_padding=1, padding_mode="zeros", cutout_length=0)
+    else:
+        assert basic == Augmentation(flip=True, crop_padding=4, padding_mode="reflect", cutout_length=0)
+    assert cutout.cutout_length == (4 if name == "digits" else 16)
+    assert (cutout.flip, cutout.crop_padding, cutout.cutout_per) == (basic.flip, basic.crop_padding, "image")
+    with pytest.raises(ValueError, match="augmentation must be one of none, basic, cutout, got 'autoaugment'"):
+        augmentation_preset("autoaugment", name)
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(50_000, 5_000), (60_000, 6_000), (1297, 129), (10, 1)])
+def test_validation_is_the_last_tenth(count, held_out):
+    images, labels = torch.arange(count), torch.arange(count) + 1
+    (train_images, train_labels), (validation_images, validation_labels) = split_validation(images, labels)
+    assert torch.equal(validation_images, images[count - held_out :])
+    assert torch.equal(validation_labels, labels[count - held_out :])
+    assert torch.equal(torch.cat((train_images, validation_images)), images)
+    assert torch.equal(torch.cat((train_labels, validation_labels)), labels)
+
+
+def test_splits_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="images and labels must have the same length, got 20 and 19"):
+        split_validation(torch.zeros(20), torch.zeros(19))
+    with pytest.raises(ValueError, match="images must be at least 10 to hold out a tenth, got 9"):
+        split_validation(torch.zeros(9), torch.zeros(9))
+
+
+def test_labels_must_be_int64_in_an_image_set():
+    images = torch.zeros(2, 4, 4, 1, dtype=torch.uint8)
+    labels = torch.zeros(2, dtype=torch.int64)
+    ImageSet(images, labels, images, labels, ("a",))
+    with pytest.raises(ValueError, match=r"train_labels must have dtype torch.int64, got torch.uint8"):
+        ImageSet(images, labels.to(torch.uint8), images, labels, ("a",))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.333, 0.8, 1.0])
+@pytest.mark.parametrize("count", [10, 1237])
+def test_flipping_changes_exactly_the_stated_number_of_labels(rate, count):
+    labels = torch.arange(count) % 10
+    before = labels.clone()
+    flipped = flip_labels(labels, rate, 10, seed=3)
+    assert (flipped != labels).sum() == round(rate * count)
+    assert torch.equal(labels, before)
+    assert flipped is not labels
+    assert flipped.dtype == torch.int64
+
+
+def test_flipped_labels_are_uniform_over_the_other_classes_and_over_the_examples():
+    labels = torch.arange(90_000) % 10
+    flipped = flip_labels(labels, 0.5, 10, seed=0)
+    pairs = (labels * 10 + flipped)[flipped != labels].bincount(minlength=100).view(10, 10)
+    assert (pairs.diagonal() == 0).all()
+    others = pairs[~torch.eye(10, dtype=torch.bool)].double()  # 90 cells of expected value 500
+    chi_square = ((others - 500) ** 2 / 500).sum()
+    assert abs(chi_square - 89) < 5 * math.sqrt(2 * 89)
+    by_place = (flipped != labels).view(9, 10_000).sum(dim=1).double()
+    assert ((by_place - 5000).abs() < 5 * math.sqrt(10_000 * 0.25)).all()
+
+
+def test_flips_are_a_function_of_the_seed_alone():
+    labels = torch.arange(1000) % 7
+    state = torch.get_rng_state()
+    first, again, other = (flip_labels(labels, 0.4, 7, seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("rate", "num_classes", "message"),
+    [
+        (-0.1, 10, r"rate must be in \[0, 1\], got -0.1"),
+        (1.5, 10, r"rate must be in \[0, 1\], got 1.5"),
+        (math.nan, 10, r"rate must be in \[0, 1\], got nan"),
+        (0.5, 1, "num_classes must be >= 2, got 1"),
+        (0.5, 9, r"labels must be in \[0, 9\), got 9"),
+    ],
+)
+def test_label_noise_outside_its_domain_is_refused(rate, num_classes, message):
+    with pytest.raises(ValueError, match=message):
+        flip_labels(torch.arange(10), rate, num_classes, seed=0)
+
+
+def test_generators_of_different_keys_are_unrelated():
+    keys = [
+        (0,),
+        (1,),
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (-1,),
+        (2**32,),
+        (0, 2**32),
+        ("a", 0),
+        ("b", 0),
+    ]  # bad hashes confuse some
+    draws = {tuple(torch.randperm(20, generator=generator_from(*key)).tolist()) for key in keys}
+    assert len(draws) == len(keys)

@@ -1,0 +1,273 @@
+"""The networks have the published sizes, compute what their papers say, and start from the stated distributions."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flatmin.train.models import ResNet, WideResNet, build_model, check_model_name
+from flatmin.train.models.wide_resnet import PoolPad, WideBlock
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def num_params(*args, **kwargs) -> int:
+    with torch.device("meta"):
+        return sum(param.numel() for param in build_model(*args, **kwargs).parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes", "shortcut", "published"),
+    [
+        ("resnet-20", 10, "pool-pad", 269_722),
+        ("resnet-32", 10, "pool-pad", 464_154),
+        ("resnet-44", 10, "pool-pad", 658_586),
+        ("resnet-56", 10, "pool-pad", 853_018),
+        ("resnet-110", 10, "pool-pad", 1_727_962),
+        ("wrn-28-10", 100, "pool-pad", 36_278_324),
+        ("wrn-28-10", 10, "conv", 36_479_194),
+        ("wrn-16-8", 10, "conv", 10_961_370),
+        ("wrn-40-2", 10, "conv", 2_243_546),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(name, num_classes, shortcut, published):
+    assert num_params(name, num_classes, 3, shortcut=shortcut) == published
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize(("num_classes", "in_channels"), [(10, 3), (7, 1)])
+def test_resnet_has_the_parameters_of_its_closed_form(n, num_classes, in_channels):
+    expected = 9 * in_channels * 16 + 2 * 16 + 64 * num_classes + num_classes
+    for width, width_before in ((16, 16), (32, 16), (64, 32)):
+        expected += n * (2 * 9 * width**2 + 4 * width) - 9 * width * (width - width_before)
+    assert num_params(f"resnet-{6 * n + 2}", num_classes, in_channels) == expected
+
+
+@pytest.mark.parametrize("shortcut", ["pool-pad", "conv"])
+@pytest.mark.parametrize(("n", "w"), [(1, 1), (1, 4), (2, 1), (3, 2)])
+def test_wide_resnet_has_the_parameters_of_its_closed_form(n, w, shortcut):
+    expected = 9 * 3 * 16 + 2 * 64 * w + 64 * w * 10 + 10
+    width_before = 16
+    for width in (16 * w, 32 * w, 64 * w):
+        expected += n * (2 * 9 * width**2 + 4 * width)  # as if every block had equal widths
+        expected -= (9 * width + 2) * (width - width_before)  # the first convolution and batch norm are narrower
+        expected += width_before * width if shortcut == "conv" and width != width_before else 0
+        width_before = width
+    assert num_params(f"wrn-{6 * n + 4}-{w}", 10, 3, shortcut=shortcut) == expected
+
+
+def test_small_cnn_has_the_parameters_of_its_closed_form():
+    for channels, classes in ((1, 10), (3, 100)):
+        assert num_params("small-cnn", classes, channels) == 288 * channels + 55_616 + 65 * classes
+
+
+def norm_relu(state: dict[str, Tensor], name: str, x: Tensor, *, relu: bool = True) -> Tensor:
+    """Batch statistics with epsilon 1e-5, spelled out."""
+    mean = x.mean(dim=(0, 2, 3), keepdim=True)
+    variance = ((x - mean) ** 2).mean(dim=(0, 2, 3), keepdim=True)
+    scale, shift = (state[f"{name}.{part}"][:, None, None] for part in ("weight", "bias"))
+    y = (x - mean) / (variance + 1e-5).sqrt() * scale + shift
+    return y.clamp(min=0) if relu else y
+
+
+def zeros_behind(x: Tensor, num_channels: int) -> Tensor:
+    new = torch.zeros(len(x), num_channels - x.shape[1], *x.shape[2:], dtype=x.dtype)
+    return torch.cat((x, new), dim=1)
+
+
+def reference_resnet(state: dict[str, Tensor], x: Tensor, blocks_per_group: int) -> Tensor:
+    x = norm_relu(state, "bn", F.conv2d(x, state["conv.weight"], padding=1))
+    for block in range(3 * blocks_per_group):
+        stride = 2 if block in (blocks_per_group, 2 * blocks_per_group) else 1
+        name = f"blocks.{block}"
+        y = norm_relu(state, f"{name}.bn1", F.conv2d(x, state[f"{name}.conv1.weight"], stride=stride, padding=1))
+        y = norm_relu(state, f"{name}.bn2", F.conv2d(y, state[f"{name}.conv2.weight"], padding=1), relu=False)
+        if stride == 2:
+            x = zeros_behind(x[:, :, ::2, ::2], y.shape[1])
+        x = (x + y).clamp(min=0)
+    return F.linear(x.mean(dim=(2, 3)), state["head.weight"], state["head.bias"])
+
+
+def reference_wide_resnet(state: dict[str, Tensor], x: Tensor, blocks_per_group: int, shortcut: str) -> Tensor:
+    x = F.conv2d(x, state["conv.weight"], padding=1)
+    for block in range(3 * blocks_per_group):
+        stride = 2 if block in (blocks_per_group, 2 * blocks_per_group) else 1
+        name = f"blocks.{block}"
+        activated = norm_relu(state, f"{name}.bn1", x)
+        y = norm_relu(
+            state, f"{name}.bn2", F.conv2d(activated, state[f"{name}.conv1.weight"], stride=stride, padding=1)
+        )
+        y = F.conv2d(y, state[f"{name}.conv2.weight"], padding=1)
+        projection = state.get(f"{name}.shortcut.weight")
+        if projection is not None:
+            x = F.conv2d(activated, projection, stride=stride)
+        elif shortcut == "pool-pad":
+            x = activated if block == 0 else x
+            if stride == 2:
+                x = (x[:, :, ::2, ::2] + x[:, :, 1::2, ::2] + x[:, :, ::2, 1::2] + x[:, :, 1::2, 1::2]) / 4
+            x = zeros_behind(x, y.shape[1])
+        x = x + y
+    return F.linear(norm_relu(state, "bn", x).mean(dim=(2, 3)), state["head.weight"], state["head.bias"])
+
+
+def reference_small_cnn(state: dict[str, Tensor], x: Tensor) -> Tensor:
+    for layer in (0, 4, 8):
+        x = norm_relu(state, f"features.{layer + 1}", F.conv2d(x, state[f"features.{layer}.weight"], padding=1))
+        if layer != 8:
+            x = x.unfold(2, 2, 2).unfold(3, 2, 2).amax(dim=(4, 5))
+    return F.linear(x.mean(dim=(2, 3)), state["head.weight"], state["head.bias"])
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    """Double precision, and batch norm weights that are not 1 and 0."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5, generator=generator)
+                module.bias.uniform_(-0.5, 0.5, generator=generator)
+    return model.double()
+
+
+@pytest.mark.parametrize("side", [8, 28, 32])
+@pytest.mark.parametrize(
+    ("name", "reference", "options"),
+    [
+        ("small-cnn", reference_small_cnn, {}),
+        ("resnet-14", lambda state, x: reference_resnet(state, x, 2), {}),
+        ("wrn-16-1", lambda state, x: reference_wide_resnet(state, x, 2, "pool-pad"), {}),
+        ("wrn-16-2", lambda state, x: reference_wide_resnet(state, x, 2, "pool-pad"), {}),
+        ("wrn-16-1", lambda state, x: reference_wide_resnet(state, x, 2, "conv"), {"shortcut": "conv"}),
+        ("wrn-16-2", lambda state, x: reference_wide_resnet(state, x, 2, "conv"), {"shortcut": "conv"}),
+    ],
+)
+def test_logits_are_those_of_a_plain_transcription(name, reference, options, side):
+    torch.manual_seed(0)
+    model = randomized(build_model(name, 7, 1, **options))
+    images = torch.randn(3, 1, side, side, dtype=torch.float64)
+    logits = model(images)
+    assert logits.shape == (3, 7)
+    torch.testing.assert_close(logits, reference(model.state_dict(), images), atol=1e-9, rtol=1e-9)
+
+
+def test_the_two_shortcuts_of_a_wide_resnet_differ():
+    """Control of the transcription test: the forms must not agree where their parameters do."""
+    torch.manual_seed(0)
+    state = randomized(build_model("wrn-10-1", 7, 1)).state_dict()
+    images = torch.randn(3, 1, 8, 8, dtype=torch.float64)
+    pooled = reference_wide_resnet(state, images, 1, "pool-pad")
+    state["blocks.1.shortcut.weight"] = torch.eye(32, 16, dtype=torch.float64)[:, :, None, None]
+    state["blocks.2.shortcut.weight"] = torch.eye(64, 32, dtype=torch.float64)[:, :, None, None]
+    assert (pooled - reference_wide_resnet(state, images, 1, "conv")).abs().max() > 1e-3
+
+
+def test_odd_sides_are_pooled_over_the_pixels_that_exist():
+    pooled = PoolPad(stride=2, new_channels=1)(torch.arange(9.0).view(1, 1, 3, 3))
+    expected = torch.tensor([[(0 + 1 + 3 + 4) / 4, (2 + 5) / 2], [(6 + 7) / 2, 8.0]])
+    assert torch.equal(pooled, torch.stack((expected, torch.zeros(2, 2)))[None])
+    for name in ("resnet-8", "wrn-10-1"):
+        assert build_model(name, 2, 1)(torch.zeros(2, 1, 30, 30)).shape == (2, 2)
+
+
+@pytest.mark.parametrize("name", ["resnet-20", "wrn-16-4"])
+def test_kernels_start_he_normal_over_their_fan_out(name):
+    torch.manual_seed(0)
+    for module in build_model(name, 10, 3, **({"shortcut": "conv"} if name.startswith("wrn") else {})).modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.bias is None
+            weight = module.weight.detach()
+            std = math.sqrt(2 / (module.out_channels * module.kernel_size[0] ** 2))
+            tolerance = 5 / math.sqrt(2 * weight.numel())  # five standard errors of a standard deviation
+            assert abs(weight.std().item() / std - 1) < tolerance
+            assert abs(weight.mean().item()) < 5 * std / math.sqrt(weight.numel())
+            assert weight.abs().max() > 2.2 * std  # wider than a uniform draw, which ends at 1.73
+
+
+def test_head_of_a_wide_resnet_starts_uniform_over_its_classes():
+    torch.manual_seed(0)
+    head = build_model("wrn-10-4", 100, 3).head
+    assert torch.count_nonzero(head.bias) == 0
+    assert 0.0995 < head.weight.max() <= 0.1
+    assert -0.1 <= head.weight.min() < -0.0995
+    assert abs(head.weight.std().item() / (0.1 / math.sqrt(3)) - 1) < 0.02
+
+
+def test_batch_norm_has_the_constants_of_the_release():
+    for name in ("small-cnn", "resnet-8", "wrn-10-1"):
+        norms = [module for module in build_model(name, 2, 1).modules() if isinstance(module, nn.BatchNorm2d)]
+        assert {(norm.eps, norm.momentum) for norm in norms} == {(1e-5, 0.1)}
+
+
+def test_dropout_scales_or_zeroes_what_the_second_convolution_reads():
+    torch.manual_seed(0)
+    block = WideBlock(8, 8, 1, nn.Identity(), activates_shortcut=False, dropout=0.3)
+    seen = {}
+    block.bn2.register_forward_hook(lambda module, args, output: seen.update(before=output.clamp(min=0)))
+    block.conv2.register_forward_hook(lambda module, args, output: seen.update(after=args[0]))
+    block(torch.randn(16, 8, 16, 16))
+    active = seen["before"] > 0
+    kept = active & (seen["after"] != 0)
+    torch.testing.assert_close(seen["after"][kept], seen["before"][kept] / 0.7)
+    share = kept.sum() / active.sum()
+    assert abs(share - 0.7) < 5 * math.sqrt(0.3 * 0.7 / active.sum())
+    block.eval()(torch.randn(16, 8, 16, 16))
+    assert torch.equal(seen["after"], seen["before"])
+
+
+def test_build_model_hands_its_options_to_the_wide_resnet():
+    model = build_model("wrn-10-1", 2, 1, shortcut="conv", dropout=0.25)
+    assert [block.dropout.p for block in model.blocks] == [0.25] * 3
+    assert [type(block.shortcut) for block in model.blocks] == [nn.Identity, nn.Conv2d, nn.Conv2d]
+
+
+@pytest.mark.parametrize("name", ["small-cnn", "resnet-8", "resnet-110", "wrn-10-1", "wrn-28-10", "wrn-40-2"])
+def test_known_names_pass(name):
+    check_model_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "cnn", "small-cnn-2", "resnet", "resnet-2", "resnet-21", "resnet-20-1", "resnet-020", "resnet-20 "),
+        *("ResNet-20", "wrn-28", "wrn-4-1", "wrn-28-0", "wrn-27-10", "wrn-28-10-1", "wrn-28-10\n", "wrn--28-10"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_rule_and_the_value(name):
+    for refuse in (check_model_name, lambda name: build_model(name, 10, 3)):
+        with pytest.raises(ValueError, match=r"model must be small-cnn, resnet-D with D = 6n \+ 2") as caught:
+            refuse(name)
+        assert str(caught.value).endswith(f"got {name!r}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("resnet-8", 0, 3), {}, "num_classes and in_channels must be >= 1, got 0 and 3"),
+        (("resnet-8", 2, 0), {}, "num_classes and in_channels must be >= 1, got 2 and 0"),
+        (("resnet-8", 2, 3), {"dropout": 0.1}, "shortcut and dropout must stay at their defaults for resnet-8"),
+        (("small-cnn", 2, 3), {"shortcut": "conv"}, "shortcut and dropout must stay at their defaults for small-cnn"),
+        (("wrn-10-1", 2, 3), {"shortcut": "pad"}, "shortcut must be 'pool-pad' or 'conv', got 'pad'"),
+        (("wrn-10-1", 2, 3), {"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        (("wrn-10-1", 2, 3), {"dropout": math.nan}, r"dropout must be in \[0, 1\), got nan"),
+    ],
+)
+def test_options_outside_their_domain_are_refused(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(*arguments, **options)
+
+
+def test_constructors_refuse_what_no_name_can_say():
+    with pytest.raises(ValueError, match=r"depth must be 6n \+ 2 with n >= 1, got 21"):
+        ResNet(21, 10, 3)
+    with pytest.raises(ValueError, match=r"depth must be 6n \+ 4 with n >= 1, got 4"):
+        WideResNet(4, 1, 10, 3)
+    with pytest.raises(ValueError, match="widen_factor must be >= 1, got 0"):
+        WideResNet(10, 0, 10, 3)

@@ -5,15 +5,16 @@ tourdeml/sam and moskomule/sam.pytorch take, or are, an instance, ``SAM(model.pa
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flatmin.optim import Adaptive, Ball, Identity, SharpnessAware
+from flatmin.optim import Ball, SharpnessAware
 from flatmin.optim.freshness import has_fresh_gradient
+from flatmin.optim.groups import ActiveGroup
 
 _COPIES_OF_WEIGHTS = {"old_p", "e_w"}  # what the older ports keep as state: weights and perturbation of the last step
 
@@ -27,8 +28,8 @@ class SAM(SharpnessAware):
     dict holds the base optimizer's state.
 
     Args:
-        params: Parameters or parameter groups; a group may bring its own ``rho``. With an instance as base they must be
-            the instance's own parameters.
+        params: Parameters or parameter groups; a group may bring its own ``rho`` and ``adaptive``. With an instance as
+            base they must be the instance's own parameters.
         base_optimizer: Class of the base optimizer, or an instance.
         rho: Radius, ``>= 0``. The default is the ports' and the paper's.
         adaptive: Scale the ball by ``|w|`` for every parameter, as davda54/sam does: without eta, biases included.
@@ -53,8 +54,9 @@ class SAM(SharpnessAware):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        metric = Adaptive(eta=0.0, scaled="all") if adaptive else Identity()
-        super().__init__(_base(params, base_optimizer, kwargs), rho, ball=Ball(metric=metric), model=model)
+        super().__init__(
+            _base(params, base_optimizer, kwargs), rho, ball=Ball(metric=_PortMetric(adaptive)), model=model
+        )
 
     @property
     def base_optimizer(self) -> Optimizer:
@@ -100,6 +102,28 @@ class SAM(SharpnessAware):
                 stacklevel=2,
             )
         super().load_state_dict({**state_dict, "state": filled})
+
+
+class _PortMetric:
+    """T = |w| in the groups that are adaptive, 1 in the others, as davda54/sam has it."""
+
+    needs_names = False
+
+    def __init__(self, adaptive: bool) -> None:
+        self.defaults = {"adaptive": adaptive}
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        if not isinstance(options["adaptive"], bool):
+            raise TypeError(f"adaptive must be True or False, got {options['adaptive']!r}")
+
+    def scaling(self, groups: list[ActiveGroup]) -> list[Tensor] | None:
+        if not any(group.options["adaptive"] for group in groups):
+            return None
+        return [
+            param.abs() if group.options["adaptive"] else param.new_ones(())
+            for group in groups
+            for param in group.params
+        ]
 
 
 def _base(params: Iterable[Any], base: object, kwargs: dict[str, Any]) -> Optimizer:

@@ -79,11 +79,14 @@ class Ball:
             radii: rho of each parameter; a parameter of radius 0 stays where it is.
             scaling: T, or ``None``.
         """
-        reach = [abs(rho) * (1.0 if scaling is None else scaling[index]) for index, rho in enumerate(radii)]
+        reach = [abs(rho) if scaling is None else abs(rho) * scaling[index] for index, rho in enumerate(radii)]
         if math.isinf(self.p):
-            return [step.clamp(-torch.as_tensor(r), torch.as_tensor(r)) for step, r in zip(steps, reach, strict=True)]
+            edges = [
+                torch.as_tensor(r, dtype=step.dtype, device=step.device) for r, step in zip(reach, steps, strict=True)
+            ]
+            return [torch.clamp(step, -edge, edge) for step, edge in zip(steps, edges, strict=True)]
         relative = [torch.where(step == 0, 0.0, step / r) for step, r in zip(steps, reach, strict=True)]
-        shrink = torch.clamp(1 / joint_norm(relative), max=1.0)  # 1 / 0 is infinite, so no step stays no step
+        shrink = torch.clamp(1 / joint_norm(relative), max=1.0)  # 1 / 0 is infinite: no step stays no step
         return [step * shrink.to(step.device, step.dtype) for step in steps]
 
 

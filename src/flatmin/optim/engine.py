@@ -256,6 +256,11 @@ class SharpnessAware(Wrapper):
         )
         return super().state_dict()
 
+    def check_options(self, options: dict[str, Any]) -> None:
+        """Raise ``ValueError`` where an entry of a group is outside its domain."""
+        super().check_options(options)
+        self.ball.metric.check(options)
+
     def _step_with(self, closure: Closure) -> Tensor:
         _require(
             self._progress.num_ascents == 0 and not self._progress.is_complete,

@@ -1,0 +1,76 @@
+"""The table of all optimizers: a new method is tested by being listed here."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import flatmin
+import flatmin.compat
+
+
+@dataclass(frozen=True)
+class Row:
+    """One optimizer.
+
+    Attributes:
+        name: The test's id.
+        method: Called with a base, ``rho`` and ``model``.
+        options: Its further keywords.
+        num_closure_calls: Documented calls of the closure in a step.
+        p: Order of the ball's norm.
+        scale: The metric's T, written down again for the references: of a parameter's name and value.
+        invalid: Keywords outside their domain, and what the error must say.
+    """
+
+    name: str
+    method: Callable[..., torch.optim.Optimizer]
+    options: dict[str, Any] = field(default_factory=dict)
+    num_closure_calls: int = 2
+    p: float = 2.0
+    scale: Callable[[str, Tensor], Tensor] = lambda name, w: torch.ones_like(w)
+    invalid: tuple[tuple[dict[str, Any], str], ...] = ()
+
+    def build(self, base: torch.optim.Optimizer, model: nn.Module | None, rho: float = 0.1, **more: Any) -> Any:
+        return self.method(base, rho, model=model, **self.options, **more)
+
+
+def _port(base: torch.optim.Optimizer, rho: float, **options: Any) -> flatmin.compat.SAM:
+    return flatmin.compat.SAM(base.param_groups, base, rho, **options)
+
+
+def _weights_only(eta: float) -> Callable[[str, Tensor], Tensor]:
+    return lambda name, w: w.abs() + eta if "weight" in name else torch.ones_like(w)
+
+
+_RHO = tuple(({"rho": rho}, f"rho must be >= 0 and finite, got {rho}") for rho in (-1.0, math.nan, math.inf))
+_P = tuple(({"p": p}, f"p must be >= 1, got {p}") for p in (0.5, math.nan))
+_ETA = tuple(({"eta": eta}, f"eta must be >= 0 and finite, got {eta}") for eta in (-0.1, math.nan))
+_SCALED = (({"scaled": "biases"}, "scaled must be"),)
+_ASCENTS = (({"ascent_steps": 0}, "ascent_steps must be"), ({"ascent_steps": 2, "p": 1.5}, "ascent_steps must be"))
+
+TABLE = (
+    Row("SAM", flatmin.SAM, invalid=_RHO + _P + _ASCENTS),
+    Row("SAM-p1", flatmin.SAM, {"p": 1.0}, p=1.0),
+    Row("SAM-p1.5", flatmin.SAM, {"p": 1.5}, p=1.5),
+    Row("SAM-p4", flatmin.SAM, {"p": 4.0}, p=4.0),
+    Row("SAM-pinf", flatmin.SAM, {"p": math.inf}, p=math.inf),
+    Row("SAM-3-ascents", flatmin.SAM, {"ascent_steps": 3}, num_closure_calls=4),
+    Row("SAM-pinf-2-ascents", flatmin.SAM, {"p": math.inf, "ascent_steps": 2}, num_closure_calls=3, p=math.inf),
+    Row("ASAM", flatmin.ASAM, scale=_weights_only(0.01), invalid=_RHO + _ETA + _SCALED),
+    Row("ASAM-eta-2-ascents", flatmin.ASAM, {"eta": 0.3, "ascent_steps": 2}, 3, scale=_weights_only(0.3)),
+    Row("ASAM-pinf", flatmin.ASAM, {"p": math.inf}, p=math.inf, scale=_weights_only(0.01)),
+    Row(
+        "ASAM-matrices",
+        flatmin.ASAM,
+        {"scaled": "matrices"},
+        scale=lambda name, w: w.abs() + 0.01 if w.dim() > 1 else torch.ones_like(w),
+    ),
+    Row("ASAM-all", flatmin.ASAM, {"scaled": "all", "eta": 0.1}, scale=lambda name, w: w.abs() + 0.1),
+    Row("compat-SAM", _port, invalid=_RHO),
+    Row("compat-SAM-adaptive", _port, {"adaptive": True}, scale=lambda name, w: w.abs()),
+)
+NAMES = [row.name for row in TABLE]

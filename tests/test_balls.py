@@ -1,0 +1,107 @@
+"""The dual formula against brute force, and its properties."""
+
+import math
+
+import pytest
+import torch
+
+import reference
+from flatmin.optim.balls import Ball
+from flatmin.optim.groups import ActiveGroup
+from flatmin.optim.metrics import Adaptive
+
+ORDERS = [1.0, 1.2, 1.5, 2.0, 3.0, 10.0, math.inf]
+SHAPES = [(3, 4), (5,), (), (2, 1, 3)]
+
+
+def _random(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
+
+
+def _flat(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def _step(ball, direction, scaling=None):
+    unit = ball.farthest(direction, scaling)
+    return [tensor * unit.scale for tensor in unit.tensors]
+
+
+@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_step_equals_the_formula_of_the_paper(p, scaled):
+    g, t = _random(), [x.abs() + 0.1 for x in _random(1)]
+    expected = reference.perturbation(g, [1.0] * 4, p, t if scaled else [torch.ones_like(x) for x in g])
+    torch.testing.assert_close(_step(Ball(p), g, t if scaled else None), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("p", ORDERS)
+def test_no_point_of_the_ball_goes_further(p):
+    g, t = _random(), [x.abs() + 0.1 for x in _random(1)]
+    step = _flat(_step(Ball(p), g, t))
+    scale, gradient = _flat(t), _flat(g)
+    assert torch.linalg.vector_norm(step / scale, p).item() == pytest.approx(1.0, rel=1e-12)
+    others = torch.randn(20_000, step.numel(), dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    others = scale * others / torch.linalg.vector_norm(others, p, dim=1, keepdim=True)
+    assert (others @ gradient).max() < step @ gradient
+    # the dual norm is the value of the maximum (Hoelder's inequality is tight)
+    q = math.inf if p == 1 else 1.0 if math.isinf(p) else p / (p - 1)
+    assert (step @ gradient).item() == pytest.approx(torch.linalg.vector_norm(scale * gradient, q).item(), rel=1e-12)
+
+
+def test_p_one_moves_only_the_first_of_the_largest_entries():
+    g = [torch.tensor([1.0, -3.0, 3.0]), torch.tensor([[3.0]])]
+    step = _step(Ball(1.0), g)
+    assert step[0].tolist() == [0.0, -1.0, 0.0]
+    assert step[1].tolist() == [[0.0]]
+
+
+@pytest.mark.parametrize("p", ORDERS)
+def test_the_scale_of_the_loss_does_not_matter(p):
+    g = _random()
+    for factor in (1e-30, 1e-3, 1e30):
+        scaled = _step(Ball(p), [x * factor for x in g])
+        torch.testing.assert_close(scaled, _step(Ball(p), g), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_zero_direction_gives_zero(p, dtype):
+    assert not _flat(_step(Ball(p), [torch.zeros(3, dtype=dtype), torch.zeros(2, dtype=dtype)])).any()
+
+
+@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_direction_that_is_not_finite_is_reported_and_scaled_by_zero(p, value):
+    g = _random()
+    assert Ball(p).farthest(g, None).is_finite
+    g[1][2] = value
+    unit = Ball(p).farthest(g, None)
+    assert not unit.is_finite
+    assert unit.scale == 0
+
+
+@pytest.mark.parametrize("p", [2.0, math.inf])
+def test_projection_is_the_nearest_point(p):
+    eps, t, radii = _random(), [x.abs() + 0.1 for x in _random(1)], [0.5, 0.5, 0.2, 0.7]
+    expected = reference.projected(eps, radii, p, t)
+    found = Ball(p).project(eps, radii, t)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    inside = [x * 0.01 * y for x, y in zip(eps, t, strict=True)]
+    torch.testing.assert_close(Ball(p).project(inside, radii, t), inside, rtol=1e-12, atol=0.0)
+    nowhere = Ball(p).project([torch.zeros_like(x) for x in eps], [0.0] * 4, None)
+    assert not _flat(nowhere).any()
+
+
+def test_the_adaptive_metric_scales_what_it_says():
+    params = [torch.tensor([[-2.0, 0.0]]), torch.tensor([3.0]), torch.tensor([-4.0])]
+    names = ["conv.weight", "conv.bias", "norm.weight"]
+    group = ActiveGroup(params, params, params, names, {"eta": 0.5})
+    expected = {
+        "weights": [[[2.5, 0.5]], 1.0, [4.5]],
+        "matrices": [[[2.5, 0.5]], 1.0, 1.0],
+        "all": [[[2.5, 0.5]], [3.5], [4.5]],
+    }
+    for scaled, values in expected.items():
+        assert [t.tolist() for t in Adaptive(0.1, scaled).scaling([group])] == values

@@ -1,0 +1,32 @@
+"""`import flatmin` needs torch alone and has no side effect."""
+
+import subprocess
+import sys
+
+_NEW_MODULES = """
+import sys, torch
+
+def settings():
+    return torch.get_rng_state().tolist(), torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
+
+modules, before = set(sys.modules), settings()
+import {module}
+assert settings() == before, "importing changed a global setting"
+tops = {{name.partition(".")[0] for name in set(sys.modules) - modules}}
+print(*sorted(tops - set(sys.stdlib_module_names)))
+"""
+
+
+def _third_party_modules_imported_by(module):
+    code = _NEW_MODULES.format(module=module)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+def test_flatmin_imports_nothing_beyond_torch():
+    assert _third_party_modules_imported_by("flatmin, flatmin.compat") == {"flatmin"}
+
+
+def test_the_check_above_sees_heavy_modules():
+    """The control: the training side brings several."""
+    assert _third_party_modules_imported_by("flatmin.train.loop") >= {"flatmin", "lightning_fabric"}

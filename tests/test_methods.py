@@ -1,0 +1,173 @@
+"""What single methods promise beyond the contract."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import doors
+import flatmin
+from doors import everything, through_closure, train
+from flatmin.optim import Always, Ball, SharpnessAware
+from problems import quadratic, tiny_network
+
+
+def _minimum_direction(rho):
+    """Where SAM's first pass goes on a quadratic: known in closed form."""
+    curvature = torch.diag(torch.tensor([4.0, 1.0, 0.25], dtype=torch.float64))
+    weights = nn.Parameter(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64))
+    start = weights.detach().clone()
+    optimizer = flatmin.SAM(torch.optim.SGD([weights], lr=1.0), rho)
+    through_closure(optimizer, lambda: quadratic(curvature, weights))
+    return curvature, start, start - weights.detach()
+
+
+def test_sam_on_a_quadratic_follows_the_closed_form():
+    curvature, start, step = _minimum_direction(0.7)
+    gradient = curvature @ start
+    torch.testing.assert_close(step, curvature @ (start + 0.7 * gradient / gradient.norm()), rtol=1e-14, atol=1e-14)
+    assert (step - gradient).norm() > 0.1
+
+
+def test_the_default_pieces_are_sam():
+    one, other = tiny_network(), tiny_network()
+    composed = SharpnessAware(torch.optim.SGD(one.parameters(), lr=0.1), 0.2, ball=Ball(2.0), when=Always(), model=one)
+    named = flatmin.SAM(torch.optim.SGD(other.parameters(), lr=0.1), 0.2, model=other)
+    train(composed, one)
+    train(named, other)
+    assert torch.equal(everything(one), everything(other))
+
+
+class _Never:
+    def __call__(self, step):
+        return False
+
+
+class _EveryThird:
+    def __call__(self, step):
+        return step % 3 == 0
+
+
+@pytest.mark.parametrize("door_name", ["closure", "two steps", "context"])
+def test_a_policy_that_never_perturbs_is_the_base(door_name):
+    door = {"closure": doors.through_closure, "two steps": doors.through_two_steps, "context": doors.through_context}
+    model, plain = tiny_network(), tiny_network()
+    optimizer = SharpnessAware(torch.optim.SGD(model.parameters(), lr=0.1), 0.5, when=_Never(), model=model)
+    doors.train(optimizer, model, door=door[door_name])
+    doors.train(torch.optim.SGD(plain.parameters(), lr=0.1), plain)
+    assert torch.equal(doors.everything(model), doors.everything(plain))
+    assert optimizer.diagnostics.num_perturbed_steps == 0
+
+
+def test_a_policy_saves_passes_and_goes_on_counting_after_a_resume():
+    model = tiny_network()
+    optimizer = SharpnessAware(torch.optim.SGD(model.parameters(), lr=0.1), 0.5, when=_EveryThird(), model=model)
+    num_calls = 0
+
+    def count(optimizer, loss):
+        def counted():
+            nonlocal num_calls
+            num_calls += 1
+            return loss()
+
+        return through_closure(optimizer, counted)
+
+    doors.train(optimizer, model, range(4), count)
+    assert num_calls == 4 + 2
+    resumed = tiny_network()
+    resumed.load_state_dict(model.state_dict())
+    other = SharpnessAware(torch.optim.SGD(resumed.parameters(), lr=0.1), 0.5, when=_EveryThird(), model=resumed)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    doors.train(optimizer, model, range(4, 8))
+    doors.train(other, resumed, range(4, 8))
+    assert torch.equal(doors.everything(model), doors.everything(resumed))
+
+
+def _two_layers(factor):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 2, bias=False)).double()
+    with torch.no_grad():
+        model[0].weight.mul_(factor)
+        model[2].weight.div_(factor)
+    return model
+
+
+@pytest.mark.parametrize("p", [1.5, 2.0, float("inf")])
+def test_asam_ignores_the_rescaling_of_consecutive_layers_and_sam_does_not(p):
+    """ReLU networks compute the same function when one layer is scaled up and the next one down."""
+    inputs = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    rises = {}
+    for name, build in (
+        ("asam", lambda base, model: flatmin.ASAM(base, 0.2, eta=0.0, model=model, p=p)),
+        ("sam", lambda base, model: flatmin.SAM(base, 0.2, model=model, p=p)),
+    ):
+        for factor in (1.0, 10.0):
+            model = _two_layers(factor)
+            optimizer = build(torch.optim.SGD(model.parameters(), lr=0.0), model)
+            through_closure(optimizer, lambda model=model: model(inputs).square().mean())
+            rises[name, factor] = optimizer.diagnostics.loss_rise.item()
+    assert rises["asam", 10.0] == pytest.approx(rises["asam", 1.0], rel=1e-10)
+    assert rises["sam", 10.0] != pytest.approx(rises["sam", 1.0], rel=0.5)
+
+
+def test_asam_by_name_needs_names_and_takes_them_from_either_place():
+    model = tiny_network()
+    with pytest.raises(ValueError, match="goes by parameter names: pass model="):
+        flatmin.ASAM(torch.optim.SGD(model.parameters(), lr=0.1))
+    flatmin.ASAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    flatmin.ASAM(torch.optim.SGD(model.named_parameters(), lr=0.1))
+    flatmin.ASAM(torch.optim.SGD(model.parameters(), lr=0.1), scaled="all")
+
+
+def test_several_ascents_refuse_a_changing_set_of_gradients():
+    weights = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = flatmin.SAM(torch.optim.SGD(weights, lr=0.1), ascent_steps=2)
+    used = iter([(0, 1), (0,), (0, 1)])
+    with pytest.raises(RuntimeError, match="the same parameters must have a gradient"):
+        through_closure(optimizer, lambda: sum(weights[index].square().sum() for index in next(used)))
+    assert all(torch.equal(param, torch.ones(3)) for param in weights)
+
+
+def test_the_context_manager_refuses_several_ascents():
+    weights = nn.Parameter(torch.ones(3))
+    optimizer = flatmin.SAM(torch.optim.SGD([weights], lr=0.1), ascent_steps=2)
+    weights.sum().backward()
+    with pytest.raises(RuntimeError, match="makes 1 ascent step of 2"), optimizer.perturbed():
+        pass
+
+
+def test_complex_parameters_are_perturbed_as_pairs_of_reals():
+    start = torch.tensor([3 + 4j, 0 - 5j], dtype=torch.complex128)
+    weights = nn.Parameter(start.clone())
+    optimizer = flatmin.SAM(torch.optim.SGD([weights], lr=1.0), 0.5)
+    through_closure(optimizer, lambda: (weights * weights.conj()).real.sum())
+    moved = start + 0.5 * start / torch.view_as_real(start).norm()
+    torch.testing.assert_close(weights.detach(), start - 2 * moved)
+
+
+def test_two_groups_share_one_norm():
+    first, second = nn.Parameter(torch.tensor([3.0])), nn.Parameter(torch.tensor([4.0]))
+    base = torch.optim.SGD([{"params": [first]}, {"params": [second], "rho": 2.0}], lr=0.0)
+    optimizer = flatmin.SAM(base, 1.0)
+    loss = 0.5 * (first.square() + second.square()).sum()
+    loss.backward()
+    with optimizer.perturbed():
+        assert (first.item(), second.item()) == pytest.approx((3 + 1.0 * 0.6, 4 + 2.0 * 0.8))
+        (first + second).sum().backward()
+    assert (first.item(), second.item()) == (3.0, 4.0)
+
+
+def test_wrapping_a_base_again_does_not_keep_an_old_radius_silently():
+    weights = nn.Parameter(torch.ones(3))
+    base = torch.optim.SGD([weights], lr=0.1)
+    flatmin.SAM(base, 0.05)
+    flatmin.SAM(base, 0.05)
+    with pytest.raises(ValueError, match="rho must equal the 0.05"):
+        flatmin.SAM(base, 0.1)
+
+
+@pytest.mark.parametrize("base", [None, torch.optim.SGD, [torch.ones(2)]])
+def test_a_base_that_is_no_optimizer_is_refused(base):
+    with pytest.raises(TypeError, match="base must be a torch.optim.Optimizer instance"):
+        flatmin.SAM(base)

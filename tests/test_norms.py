@@ -1,0 +1,53 @@
+"""Norms and dot products over many tensors, against one long vector in float64."""
+
+import math
+
+import pytest
+import torch
+
+from flatmin.optim.norms import joint_dot, joint_norm
+
+ORDERS = [1.0, 1.5, 2.0, 3.0, math.inf]
+
+
+def _tensors(dtype):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(100, 50), (), (7,), (64, 32, 3, 3), (4096,), (4097,), (8, 16, 31, 33)]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_joint_norm_equals_the_norm_of_one_vector(p, dtype):
+    tensors = _tensors(dtype)
+    tensors[3] = tensors[3].to(memory_format=torch.channels_last)
+    tensors[6] = tensors[6].transpose(1, 2)
+    norm = joint_norm(tensors, p)
+    expected = torch.linalg.vector_norm(torch.cat([x.flatten().double() for x in tensors]), p)
+    assert norm.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert norm.item() == pytest.approx(expected.item(), rel=1e-12 if dtype == torch.float64 else 3e-6)
+
+
+def test_a_long_float32_vector_keeps_six_digits():
+    long = torch.randn(20_000_000, generator=torch.Generator().manual_seed(0)) * 1e-3
+    expected = long.double().norm().item()
+    assert joint_norm([long]).item() == pytest.approx(expected, rel=1e-6)
+    assert long.norm().item() != pytest.approx(expected, rel=1e-4)  # the control: torch's own sum loses three of them
+
+
+def test_half_precision_does_not_overflow():
+    assert joint_norm([torch.full((1000,), 3e4, dtype=torch.float16)]).item() == pytest.approx(
+        3e4 * 1000**0.5, rel=1e-6
+    )
+
+
+def test_mixed_dtypes_make_one_norm():
+    mixed = [torch.ones(4, dtype=torch.bfloat16), torch.ones(5), torch.ones(16, dtype=torch.float16)]
+    assert joint_norm(mixed).item() == 5.0
+
+
+def test_joint_dot_equals_the_dot_product_of_one_vector():
+    left, right = _tensors(torch.float32), _tensors(torch.float32)[::-1]
+    right = [x.sin() + 0.3 for x in left]
+    expected = sum((x.double() * y.double()).sum() for x, y in zip(left, right, strict=True))
+    assert joint_dot(left, right).item() == pytest.approx(expected.item(), rel=1e-12)

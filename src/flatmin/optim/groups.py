@@ -51,8 +51,10 @@ def active_groups(optimizer: Optimizer, names: Mapping[Tensor, str]) -> list[Act
                 "gradients must be dense, got a sparse one: build the embedding with sparse=False, "
                 "or give its weights to an optimizer of their own"
             )
+        is_real = not any(param.is_complex() for param in owners)
+        params = owners if is_real else real_views(owners)
         known = [names[param] for param in owners] if names else None
-        groups.append(ActiveGroup(owners, real_views(owners), real_views(grads), known, options))
+        groups.append(ActiveGroup(owners, params, grads if is_real else real_views(grads), known, options))
     return groups
 
 

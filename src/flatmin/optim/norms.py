@@ -21,12 +21,12 @@ def joint_norm(tensors: Sequence[Tensor], p: float = 2.0) -> Tensor:
     """
     device = tensors[0].device
     wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    long = [tensor for tensor in tensors if tensor.numel() > _ROW and tensor.device.type == "cpu"]
     short = [tensor for tensor in tensors if tensor.numel() <= _ROW or tensor.device.type != "cpu"]
-    norms = [norm.to(device, wide).view(1) for part in _by_dtype(short) for norm in torch._foreach_norm(part, p, wide)]
-    for tensor in tensors:
-        if tensor.numel() > _ROW and tensor.device.type == "cpu":
-            norms.extend(norm.to(device, wide) for norm in _row_norms(tensor, p, wide))
-    length: Tensor = torch.linalg.vector_norm(torch.cat(norms), p)
+    pieces = [norm for tensor in long for norm in _row_norms(tensor, p, wide)]
+    for part in _by_device(short):
+        pieces.append(torch.stack(torch._foreach_norm(part, p, wide)))
+    length: Tensor = torch.linalg.vector_norm(torch.cat([piece.to(device) for piece in pieces]), p)
     return length
 
 
@@ -68,8 +68,8 @@ def _in_memory_order(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1)
 
 
-def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    parts: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        parts.setdefault(tensor.dtype, []).append(tensor)
-    return list(parts.values())
+def _by_device(tensors: list[Tensor]) -> list[list[Tensor]]:
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) <= 1:
+        return [tensors] if tensors else []
+    return [[tensor for tensor in tensors if tensor.device == device] for device in devices]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from flatmin.optim.balls import Ball, UnitStep
@@ -75,10 +76,10 @@ class Visit:
 
 def _scales(unit: Tensor, radii: list[float], params: list[Tensor]) -> list[Tensor]:
     """``rho * unit`` for each parameter on its device; parameters that agree share one tensor."""
-    made: dict[tuple[float, str], Tensor] = {}
+    made: dict[tuple[float, torch.device], Tensor] = {}
     scales = []
     for radius, param in zip(radii, params, strict=True):
-        key = radius, str(param.device)
+        key = radius, param.device
         if key not in made:
             made[key] = (unit * radius).to(param.device)
         scales.append(made[key])

@@ -1,0 +1,92 @@
+"""Checkpoints that are either whole or not there."""
+
+from __future__ import annotations
+
+import os
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flatmin.train.errors import TrainingError
+
+__all__ = ["atomic_write", "checkpoint_paths", "load_newest_checkpoint", "save_checkpoint"]
+
+NUM_KEPT = 2
+
+
+def save_checkpoint(directory: Path, step: int, state: Mapping[str, Any]) -> Path:
+    """Write ``state`` as the checkpoint of ``step`` and delete all but the newest two.
+
+    Raises:
+        TrainingError: If the file cannot be written, for instance to a full disk; the older checkpoints are whole.
+    """
+    path = directory / f"checkpoint-{step:09d}.pt"
+    temporary = path.with_suffix(".tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        _move(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch turns an OSError of its file into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = _root_cause(error)
+        raise TrainingError(f"could not save {path}: {reason}; the previous checkpoint is untouched") from error
+    for old in checkpoint_paths(directory)[NUM_KEPT:]:
+        old.unlink()
+    return path
+
+
+def load_newest_checkpoint(directory: Path) -> dict[str, Any] | None:
+    """Read the newest checkpoint that is whole, on the CPU; None if there is none.
+
+    A damaged one is passed over with a warning that names it. Torch does not compare the checksums in its files, so
+    they are compared here first.
+    """
+    for path in checkpoint_paths(directory):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # damage shows as an error of any kind
+            warnings.warn(f"{path} is damaged ({error}); falling back to the one before", stacklevel=2)
+        else:
+            return state
+    return None
+
+
+def checkpoint_paths(directory: Path) -> list[Path]:
+    """All checkpoints of a run, the newest first."""
+    return sorted(directory.glob("checkpoint-*.pt"), reverse=True)
+
+
+def atomic_write(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash at any moment, sees the old content or the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    _move(temporary, path)
+
+
+def _move(temporary: Path, path: Path) -> None:
+    """Rename, and make the new name survive a power failure."""
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _root_cause(error: BaseException) -> str:
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -1,0 +1,88 @@
+"""The command ``flatmin``: a table of subcommands, each imported when it is used."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from flatmin import __version__
+from flatmin.train.errors import TrainingError, UsageError
+
+__all__ = ["COMMANDS", "main"]
+
+# Command: what it does, and the function that does it, which is called with the list of the arguments that follow.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("Train a network by a recipe, or go on with an interrupted run.", "flatmin.train.commands:train_command"),
+    "compare": ("Train with several methods from the same start, and report.", "flatmin.train.compare:compare_command"),
+    "evaluate": ("Print the loss and error of a trained network.", "flatmin.train.commands:evaluate_command"),
+    "recipes": ("List the recipes: what each replicates and costs.", "flatmin.train.commands:recipes_command"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 1 if it failed, 2 if the arguments are wrong.
+
+    Errors that the user can act on, such as a missing data set, end in one line and no traceback.
+
+    Args:
+        argv: Arguments of ``flatmin``; None takes those of the process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in {"-h", "--help"}:
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"flatmin {__version__}")
+        return 0
+    try:
+        run_command(*arguments)
+    except UsageError as error:
+        return failed(str(error), code=2)
+    except (TrainingError, OSError) as error:
+        return failed(str(error), code=1)
+    except KeyboardInterrupt:
+        return failed("interrupted; the same command goes on from the last checkpoint", code=130)
+    return 0
+
+
+def run_command(name: str, *arguments: str) -> None:
+    """Import the function of command ``name`` and call it.
+
+    Raises:
+        UsageError: If there is no such command, or it does not know an argument.
+        TrainingError: If it cannot do its work.
+    """
+    if name not in COMMANDS:
+        raise UsageError(f"command must be one of {', '.join(COMMANDS)}, got {name}")
+    module, function = COMMANDS[name][1].split(":")
+    try:
+        command = getattr(import_module(module), function)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("flatmin"):
+            raise
+        raise TrainingError(f"{name} needs the package {error.name}: pip install 'flatmin[train]'") from error
+    command(list(arguments))
+
+
+def failed(message: str, code: int) -> int:
+    """Print ``message`` as an error and return ``code``."""
+    print(f"flatmin: error: {message}", file=sys.stderr)
+    return code
+
+
+def usage() -> str:
+    """Return the help of ``flatmin`` itself."""
+    lines = [f"  {name:10}{summary}" for name, (summary, _) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: flatmin COMMAND [ARGUMENTS]",
+            "",
+            "Sharpness-Aware Minimization: train, compare and evaluate.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "flatmin COMMAND --help explains a command; flatmin --version prints the version.",
+        ]
+    )

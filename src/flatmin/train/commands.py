@@ -1,0 +1,88 @@
+"""The commands ``train``, ``evaluate`` and ``recipes``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tyro
+from lightning_fabric.utilities.rank_zero import rank_zero_only
+from rich.columns import Columns
+from rich.console import Console
+from rich.table import Table
+
+from flatmin.train.arguments import config_from_arguments
+from flatmin.train.config import Accelerator
+from flatmin.train.config_file import config_to_yaml
+from flatmin.train.data import load_images
+from flatmin.train.evaluate import evaluate
+from flatmin.train.launch import make_fabric
+from flatmin.train.loaders import Split, eval_loader
+from flatmin.train.loop import train
+from flatmin.train.recipes import RECIPES, recipe_card
+from flatmin.train.trained import load_run
+
+__all__ = ["EvaluateArguments", "evaluate_command", "recipes_command", "train_command"]
+
+
+def train_command(arguments: list[str]) -> None:
+    """``flatmin train [RECIPE] [--FIELD VALUE ...]``: print the configuration, train, print the result."""
+    config = config_from_arguments(arguments)
+    console = Console(quiet=getattr(rank_zero_only, "rank", 0) > 0)  # of several processes one talks
+    console.print(Columns(config_to_yaml(config).splitlines(), column_first=True, padding=(0, 3)), highlight=False)
+    summary = train(config, console)
+    rise = "" if summary.loss_rise is None else f", loss rise {summary.loss_rise:.3f}"
+    console.print(
+        f"{summary.eval_on} error {summary.eval_error_percent:.2f} %{rise} "
+        f"after {summary.steps} steps in {summary.wall_seconds:.0f} s",
+        highlight=False,
+    )
+    if not config.dry_run:
+        console.print(f"results in {summary.run_dir}", highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """Print the loss and error of a trained network."""
+
+    run: tyro.conf.Positional[Path]
+    """Directory of the run."""
+    split: Split = "test"
+    """Images to evaluate on; the training labels are the noisy ones, as trained on."""
+    accelerator: Accelerator = "auto"
+    """Kind of device."""
+    data_dir: Path | None = None
+    """Directory with the data sets; None is where the run had them."""
+    threads: int | None = None
+    """CPU threads of torch; None leaves torch's choice."""
+
+
+def evaluate_command(arguments: list[str]) -> None:
+    """``flatmin evaluate RUN [--split SPLIT]``: load the newest checkpoint and print a table."""
+    asked = tyro.cli(EvaluateArguments, prog="flatmin evaluate", args=arguments)
+    config, model, step = load_run(asked.run)
+    data_dir = asked.data_dir or config.data_dir
+    fabric = make_fabric(
+        replace(config, accelerator=asked.accelerator, threads=asked.threads, devices="1", num_nodes=1, strategy="auto")
+    )
+    batches = eval_loader(config, fabric, load_images(config.dataset, data_dir), asked.split)
+    evaluation = evaluate(fabric, fabric.setup_module(model), batches)
+    table = Table("split", "images", "loss", "error", title=f"{asked.run} after {step} steps")
+    table.add_row(
+        asked.split, str(evaluation.num_images), f"{evaluation.loss:.4f}", f"{evaluation.error_percent:.2f} %"
+    )
+    Console().print(table)
+
+
+def recipes_command(arguments: list[str]) -> None:
+    """``flatmin recipes``: print a table of all recipes."""
+    tyro.cli(_no_arguments, prog="flatmin recipes", args=arguments)
+    table = Table("recipe", "replicates", "expected result", "cost", show_lines=True)
+    for name in RECIPES:
+        card = recipe_card(name)
+        table.add_row(name, card.replicates, card.expects, card.costs)
+    Console().print(table)
+
+
+def _no_arguments() -> None:
+    """List the recipes: what each replicates, the result to expect, and its cost."""

@@ -1,0 +1,67 @@
+"""A training configuration as a YAML file."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from flatmin.train.config import TrainConfig
+
+__all__ = ["config_to_yaml", "load_config"]
+
+
+def config_to_yaml(config: TrainConfig) -> str:
+    """Write every field of ``config``, one a line, in the order of the dataclass."""
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Read a configuration; fields that the file leaves out keep their defaults.
+
+    Args:
+        path: A file such as the ``config.yaml`` of a run.
+
+    Raises:
+        ValueError: If the file is not a mapping of known fields to values in their domain.
+        FileNotFoundError: If there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no configuration file {path}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must map field names to values, got {type(values).__name__}")
+    hints = get_type_hints(TrainConfig)
+    unknown = [str(name) for name in values if name not in hints]
+    if unknown:
+        raise ValueError(f"{path} has unknown fields: {', '.join(unknown)}")
+    return TrainConfig(**{name: _converted(name, value, hints[name]) for name, value in values.items()})
+
+
+def _converted(name: str, value: Any, hint: Any) -> Any:
+    """Give ``value`` the type that the field declares: YAML reads 1 as an int and 1e-3 as a string."""
+    if get_origin(hint) in {Union, types.UnionType}:
+        if value is None:
+            return None
+        (hint,) = (arg for arg in get_args(hint) if arg is not type(None))
+    if hint not in {int, float, bool, str, Path}:  # one of several strings, which the dataclass checks
+        return value
+    try:
+        converted = hint(value)
+    except (TypeError, ValueError):
+        converted = None
+    if value is None or converted is None or isinstance(value, bool) != (hint is bool) or not _same(converted, value):
+        raise ValueError(f"{name} must be of type {hint.__name__}, got {value!r}")
+    return converted
+
+
+def _same(converted: Any, value: Any) -> bool:
+    """Whether nothing got lost: 1.5 is not an int, and a list is not a string."""
+    return converted == value if isinstance(converted, int) else isinstance(value, str | int | float)

@@ -1,0 +1,49 @@
+"""The processes and devices of a run, by Lightning Fabric."""
+
+from __future__ import annotations
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
+from lightning_fabric.strategies.strategy import Strategy
+
+from flatmin.train.config import TrainConfig
+
+__all__ = ["forward", "make_fabric"]
+
+
+def make_fabric(config: TrainConfig) -> Fabric:
+    """Choose devices, precision and strategy; ``launch()`` then starts the other processes, if any.
+
+    Under ``torchrun`` the processes are there already, and Fabric finds them in the environment.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    several = config.devices != "1" or config.num_nodes > 1
+    strategy: str | Strategy = DDPStrategy() if config.strategy == "ddp" or several else "auto"
+    return Fabric(
+        accelerator=config.accelerator,
+        devices=_parsed_devices(config.devices),
+        num_nodes=config.num_nodes,
+        strategy=strategy,
+        precision=config.precision,
+    )
+
+
+def forward(fabric: Fabric, model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Logits in float32, or in float64 when that is the precision of the run.
+
+    Under autocast and in the dtype of the weights, so that ``model`` may be Fabric's module or the bare one.
+    """
+    dtype = next(model.parameters()).dtype
+    with fabric.autocast():
+        logits: torch.Tensor = model(images.to(dtype))
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _parsed_devices(devices: str) -> int | str | list[int]:
+    if devices == "auto":
+        return devices
+    if "," in devices:
+        return [int(index) for index in devices.split(",") if index.strip()]
+    return int(devices)

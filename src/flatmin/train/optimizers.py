@@ -1,0 +1,60 @@
+"""The optimizer of a configuration, and the weight decay that belongs to the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import flatmin
+from flatmin.train.config import TrainConfig
+
+__all__ = ["build_optimizer", "decayed_params", "l2_penalty"]
+
+
+def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.SGD | flatmin.SharpnessAware:
+    """SGD, or SAM or ASAM around it, with the settings of ``config``.
+
+    Gradient clipping is a hook on SGD's step, so it acts on the final gradient, after the two passes were combined,
+    as in the authors' release; the ascent gradient is never clipped.
+    """
+    decay = config.weight_decay if config.weight_decay_in == "base" else 0.0
+    decayed = decayed_params(config, model)
+    kept = [param for param in model.parameters() if not any(param is other for other in decayed)]
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": decay}]
+    if kept:
+        groups.append({"params": kept, "weight_decay": 0.0})
+    fused = True if decayed[0].is_cuda else None  # decides on the device whether a gradient is finite
+    base = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+    if config.gradient_clipping > 0.0:
+        base.register_step_pre_hook(lambda optimizer, *_: _clip_gradient(optimizer, config.gradient_clipping))
+    if config.method == "sam":
+        return flatmin.SAM(base, config.rho, p=config.p, ascent_steps=config.ascent_steps, model=model)
+    if config.method == "asam":
+        return flatmin.ASAM(
+            base,
+            config.rho,
+            eta=config.eta,
+            scaled=config.scaled,
+            p=config.p,
+            ascent_steps=config.ascent_steps,
+            model=model,
+        )
+    return base
+
+
+def decayed_params(config: TrainConfig, model: nn.Module) -> list[nn.Parameter]:
+    """Parameters under weight decay: all, or those of more than one dimension."""
+    return [param for param in model.parameters() if config.decay_norm_params or param.ndim > 1]
+
+
+def l2_penalty(params: Iterable[Tensor], weight_decay: float) -> Tensor:
+    """``weight_decay / 2 * ||w||^2`` over all ``params``, whose gradient is ``weight_decay * w``."""
+    return 0.5 * weight_decay * torch.stack([param.square().sum() for param in params]).sum()
+
+
+def _clip_gradient(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    torch.nn.utils.clip_grad_norm_(params, max_norm)

@@ -1,0 +1,65 @@
+"""The directory of a run: one process at a time, one configuration, one summary."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from flatmin.train.checkpoint import atomic_write
+from flatmin.train.config import TrainConfig, differing_fields
+from flatmin.train.config_file import config_to_yaml, load_config
+from flatmin.train.errors import TrainingError
+from flatmin.train.summary import Summary
+
+__all__ = ["claim_directory", "finished_summary", "locked", "write_summary"]
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the lock of ``directory``, which is made if need be; the system drops it however the process ends.
+
+    Raises:
+        TrainingError: If another process holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TrainingError(f"another process is training in {directory}") from error
+        yield
+
+
+def claim_directory(config: TrainConfig) -> None:
+    """Save the configuration in the run's directory, or make sure that it is the one that the run began with.
+
+    Raises:
+        TrainingError: If the directory belongs to a run whose numbers would differ.
+    """
+    path = config.run_dir / "config.yaml"
+    if path.exists():
+        differing = differing_fields(load_config(path), config)
+        if differing:
+            raise TrainingError(
+                f"{config.run_dir} holds a run with other settings ({'; '.join(differing)}): choose another "
+                f"--output-dir, or delete it"
+            )
+    atomic_write(path, config_to_yaml(replace(config, output_dir=config.run_dir)))
+
+
+def finished_summary(config: TrainConfig) -> Summary | None:
+    """The summary of a run that has nothing left to do, else None."""
+    path = config.run_dir / "summary.json"
+    if not path.exists():
+        return None
+    summary = replace(Summary.from_json(path.read_text()), run_dir=config.run_dir)
+    reached_limit = config.max_steps is not None and summary.steps >= config.max_steps
+    return summary if summary.complete or reached_limit else None
+
+
+def write_summary(summary: Summary) -> None:
+    """Write ``summary.json``, which marks the run as finished."""
+    atomic_write(summary.run_dir / "summary.json", summary.to_json())

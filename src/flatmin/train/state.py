@@ -1,0 +1,105 @@
+"""What a run carries from step to step, and how it is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import flatmin
+from flatmin.train.config import TrainConfig
+from flatmin.train.data import dataset_facts
+from flatmin.train.models import build_model
+from flatmin.train.optimizers import build_optimizer
+from flatmin.train.sums import EpochSums
+
+__all__ = ["TrainingState", "averaged", "fresh_model"]
+
+
+@dataclass
+class TrainingState:
+    """Weights, optimizer and position of a run.
+
+    ``replica`` is the model as Fabric wrapped it, for training passes; ``model`` is the bare one. The position is
+    ``batch`` of ``num_batches`` batches into epoch ``epoch``, both from 0, after ``step`` optimizer steps; by then the
+    run had taken ``wall_seconds`` and written ``metrics_bytes`` of metrics.
+    """
+
+    model: nn.Module
+    replica: nn.Module
+    optimizer: torch.optim.SGD | flatmin.SharpnessAware
+    ema: AveragedModel | None
+    sums: EpochSums
+    num_batches: int
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    wall_seconds: float = 0.0
+    metrics_bytes: int = 0
+
+    @classmethod
+    def initial(cls, config: TrainConfig, fabric: Fabric, num_batches: int) -> TrainingState:
+        """Draw the weights and build the optimizer around them."""
+        model = fresh_model(config)
+        replica = fabric.setup_module(model)
+        ema = averaged(model, config.ema_decay) if config.ema_decay > 0.0 else None
+        return cls(model, replica, build_optimizer(config, replica), ema, EpochSums(fabric.device), num_batches)
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The average of the weights if there is one, else the weights."""
+        return self.model if self.ema is None else self.ema
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Move to the first batch of ``epoch``."""
+        self.epoch, self.batch = epoch, 0
+        self.sums.reset_()
+
+    def state_dict(self, fabric: Fabric) -> dict[str, Any]:
+        """Everything needed to go on, in types that ``torch.load(weights_only=True)`` accepts.
+
+        No generator state: the random numbers of a step follow from the seed and the step , the order and
+        augmentation of images from the seed and the epoch, the learning rate from the step.
+        """
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "step": self.step,
+            "wall_seconds": self.wall_seconds,
+            "metrics_bytes": self.metrics_bytes,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "sums": self.sums.gathered(fabric),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], rank: int) -> None:
+        """Return to a saved state, bit for bit."""
+        self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
+        self.wall_seconds, self.metrics_bytes = state["wall_seconds"], state["metrics_bytes"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.sums.restore_(state["sums"], rank)
+
+
+def fresh_model(config: TrainConfig) -> nn.Module:
+    """Build the network of ``config`` with weights drawn from its seed."""
+    facts = dataset_facts(config.dataset)
+    torch.manual_seed(config.seed)
+    model = build_model(
+        config.model, facts.num_classes, facts.image_shape[2], shortcut=config.shortcut, dropout=config.dropout
+    )
+    return model.to(memory_format=torch.channels_last)  # as the images are: convolutions then convert nothing
+
+
+def averaged(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of parameters and buffers, which starts as a copy of the first update."""
+    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call] # torch has no types for it
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)

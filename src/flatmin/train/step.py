@@ -1,0 +1,71 @@
+"""One optimizer step: the closure, its random numbers and its learning rate."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+import flatmin
+from flatmin.train.config import TrainConfig
+from flatmin.train.launch import forward
+from flatmin.train.optimizers import decayed_params, l2_penalty
+from flatmin.train.schedule import learning_rate
+from flatmin.train.state import TrainingState
+
+__all__ = ["step_learning_rate", "take_step"]
+
+
+def take_step(config: TrainConfig, fabric: Fabric, state: TrainingState, batch: tuple[Tensor, Tensor]) -> None:
+    """Advance ``state`` by one optimizer step on ``batch``: images and labels of this replica."""
+    images, labels = batch
+    decayed = decayed_params(config, state.model) if config.weight_decay_in == "loss" else None
+    measured: list[Tensor] = []  # number of errors and norm of the gradient, both at w, where the first pass runs
+
+    def closure() -> Tensor:
+        state.optimizer.zero_grad()
+        logits = forward(fabric, state.replica, images)
+        loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+        fabric.backward(loss if decayed is None else loss + l2_penalty(decayed, config.weight_decay))
+        if not measured:
+            measured.extend([(logits.detach().argmax(dim=1) != labels).sum(), gradient_norm(state.optimizer)])
+        return loss.detach()
+
+    for group in state.optimizer.param_groups:
+        group["lr"] = step_learning_rate(config, state.step, state.num_batches)
+    seed_random_numbers(config.seed, state.step, fabric.global_rank)
+    if isinstance(state.optimizer, flatmin.SharpnessAware):
+        loss = state.optimizer.step(closure)
+    else:  # torch runs the hooks of a step before its closure, and the one that clips needs the gradient
+        loss = closure()
+        state.optimizer.step()
+    num_errors, norm = measured
+    state.sums.add(state.step, loss, num_errors, len(labels), [norm, loss_rise(state.optimizer, loss)])
+    if state.ema is not None:
+        state.ema.update_parameters(state.model)
+    state.step += 1
+    state.batch += 1
+
+
+def step_learning_rate(config: TrainConfig, step: int, num_batches: int) -> float:
+    """Learning rate of a step, in epochs of ``num_batches`` steps."""
+    num_warmup_steps = round(config.warmup_epochs * num_batches)
+    return learning_rate(step, peak=config.lr, num_steps=config.epochs * num_batches, num_warmup_steps=num_warmup_steps)
+
+
+def seed_random_numbers(seed: int, step: int, rank: int) -> None:
+    """Make the random numbers of a step, such as dropout masks, a pure function of seed, step and replica."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
+
+
+def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    """L2 norm of all gradients together."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    return torch.nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
+
+
+def loss_rise(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
+    """Rise of the loss from w to w + eps in the last step; 0 for SGD, and in a step that was skipped."""
+    rise = optimizer.diagnostics.loss_rise if isinstance(optimizer, flatmin.SharpnessAware) else None
+    return torch.zeros_like(loss) if rise is None else rise

@@ -1,0 +1,157 @@
+"""What a run writes: checkpoints and progress between steps, a record after each epoch, a summary at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from lightning_fabric import Fabric
+from rich.console import Console
+
+from flatmin.train.checkpoint import save_checkpoint
+from flatmin.train.config import TrainConfig
+from flatmin.train.data import EvalLoader
+from flatmin.train.evaluate import Evaluation, evaluate
+from flatmin.train.journal import Journal
+from flatmin.train.progress import TrainingProgress
+from flatmin.train.run import write_summary
+from flatmin.train.state import TrainingState
+from flatmin.train.step import step_learning_rate
+from flatmin.train.summary import Summary
+from flatmin.train.sums import EpochMeans
+
+__all__ = ["RunWriter", "run_writer"]
+
+
+@contextmanager
+def run_writer(
+    config: TrainConfig, fabric: Fabric, state: TrainingState, console: Console, last_step: int
+) -> Iterator[RunWriter]:
+    """Open the files of a run, in its first process alone, and show progress there."""
+    with ExitStack() as stack:
+        journal = None
+        if fabric.global_rank == 0:
+            (config.run_dir / "summary.json").unlink(missing_ok=True)  # of fewer steps
+            journal = stack.enter_context(Journal(config, state.step, state.metrics_bytes))
+        progress = stack.enter_context(TrainingProgress(console, state.step, last_step))
+        yield RunWriter(config, fabric, last_step, journal=journal, progress=progress, wall_seconds=state.wall_seconds)
+
+
+class RunWriter:
+    """Writes for all processes of a run; each must call it at the same steps, since numbers are reduced over them.
+
+    Args:
+        config: Configuration of the run.
+        fabric: Its processes.
+        last_step: Number of steps after which it ends.
+        journal: Where records go; None in all processes but the first.
+        progress: What the terminal shows.
+        wall_seconds: Time that the run took before it was interrupted.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        fabric: Fabric,
+        last_step: int,
+        *,
+        journal: Journal | None,
+        progress: TrainingProgress,
+        wall_seconds: float,
+    ) -> None:
+        self.config = config
+        self.fabric = fabric
+        self.last_step = last_step
+        self.journal = journal
+        self.progress = progress
+        self.started = time.monotonic() - wall_seconds
+        self.saved_at = time.monotonic()
+
+    def after_step(self, state: TrainingState) -> None:
+        """Show progress and save a checkpoint, whenever it is time for one.
+
+        Raises:
+            TrainingError: If the loss was not finite, or the checkpoint could not be written.
+        """
+        if state.step % self.config.progress_steps == 0:
+            self.progress.show(state.epoch, state.step, self._means(state))
+        if state.step == self.last_step or self._save_is_due(state.step):
+            self._save(state)
+
+    def after_epoch(self, state: TrainingState, batches: EvalLoader) -> dict[str, float | None]:
+        """Evaluate, if it is time for it, and record the epoch or the part of it that was trained."""
+        means = self._means(state)
+        evaluation = None
+        if (state.epoch + 1) % self.config.eval_every == 0 or state.step == self.last_step:
+            evaluation = evaluate(self.fabric, state.evaluated_model, batches, self.config.max_eval_batches)
+        metrics = {
+            "epoch": state.step / state.num_batches,
+            "step": state.step,
+            "train_loss": means.train_loss,
+            "train_error_percent": means.train_error_percent,
+            "eval_loss": None if evaluation is None else evaluation.loss,
+            "eval_error_percent": None if evaluation is None else evaluation.error_percent,
+            "learning_rate": step_learning_rate(self.config, state.step - 1, state.num_batches),
+            "rho": state.optimizer.param_groups[0].get("rho"),
+            "loss_rise": means.loss_rise,
+            "gradient_norm": means.gradient_norm,
+        }
+        wall_seconds = time.monotonic() - self.started
+        if self.journal is not None:
+            self.journal.write(state.step, metrics, {"step": state.step, "wall_seconds": wall_seconds})
+        self.progress.epoch_done(_line(self.config, state.epoch, means, evaluation, wall_seconds))
+        return metrics
+
+    def finish(self, state: TrainingState, metrics: dict[str, float | None]) -> Summary:
+        """Write the summary of the run, whose last record is ``metrics``."""
+        config = self.config
+        measured: dict[str, Any] = {name: metrics[name] for name in Summary.measured()}
+        summary = Summary(
+            run_dir=config.run_dir,
+            recipe=config.recipe,
+            method=config.method,
+            seed=config.seed,
+            epochs=state.step / state.num_batches,
+            steps=state.step,
+            complete=state.step == config.epochs * state.num_batches,
+            eval_on=config.eval_on,
+            wall_seconds=time.monotonic() - self.started,
+            **measured,
+        )
+        if self.journal is not None:
+            write_summary(summary)
+        return summary
+
+    def _means(self, state: TrainingState) -> EpochMeans:
+        return state.sums.means(self.fabric, with_rise=self.config.method != "sgd")
+
+    def _save_is_due(self, step: int) -> bool:
+        if self.config.checkpoint_seconds == 0.0:
+            return True
+        due = time.monotonic() - self.saved_at >= self.config.checkpoint_seconds
+        if self.fabric.world_size == 1:
+            return due
+        # Clocks differ between processes, so the first one's decides, and rarely: asking it is a synchronisation.
+        return step % self.config.progress_steps == 0 and self.fabric.broadcast(due)
+
+    def _save(self, state: TrainingState) -> None:
+        self._means(state)  # raises if the loss was not finite: such weights must not replace good ones
+        state.wall_seconds = time.monotonic() - self.started
+        if self.journal is not None:
+            state.metrics_bytes = self.journal.synced_bytes()
+        saved = state.state_dict(self.fabric)
+        if self.journal is not None:
+            save_checkpoint(self.config.run_dir, state.step, saved)
+        self.saved_at = time.monotonic()
+
+
+def _line(
+    config: TrainConfig, epoch: int, means: EpochMeans, evaluation: Evaluation | None, wall_seconds: float
+) -> str:
+    parts = [f"epoch {epoch + 1}/{config.epochs}", f"loss {means.train_loss:.3f}"]
+    parts.append(f"train error {means.train_error_percent:.2f} %")
+    if evaluation is not None:
+        parts.append(f"{config.eval_on} error {evaluation.error_percent:.2f} %")
+    return "  ".join([*parts, f"{wall_seconds:.0f} s"])

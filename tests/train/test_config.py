@@ -1,0 +1,131 @@
+"""The configuration refuses values outside their domain and survives a file."""
+
+import math
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from flatmin.train.config import TrainConfig, differing_fields
+from flatmin.train.config_file import config_to_yaml, load_config
+from flatmin.train.schedule import learning_rate
+
+REFUSED = [
+    ("rho", -1.0, "rho must be >= 0, got -1.0"),
+    ("rho", math.nan, "rho must be >= 0, got nan"),
+    ("rho", math.inf, "rho must be finite, got inf"),
+    ("lr", math.nan, "lr must be >= 0, got nan"),
+    ("momentum", -0.1, "momentum must be >= 0, got -0.1"),
+    ("weight_decay", -1e-4, "weight_decay must be >= 0, got -0.0001"),
+    ("gradient_clipping", -1.0, "gradient_clipping must be >= 0, got -1.0"),
+    ("checkpoint_seconds", -1.0, "checkpoint_seconds must be >= 0, got -1.0"),
+    ("eta", -1.0, "eta must be >= 0, got -1.0"),
+    ("seed", -1, "seed must be >= 0, got -1"),
+    ("warmup_epochs", 60.0, "warmup_epochs must be < epochs \\(60\\), got 60.0"),
+    ("epochs", 0, "epochs must be >= 1, got 0"),
+    ("batch_size", 0, "batch_size must be >= 1, got 0"),
+    ("ascent_steps", 0, "ascent_steps must be >= 1, got 0"),
+    ("eval_every", 0, "eval_every must be >= 1, got 0"),
+    ("progress_steps", 0, "progress_steps must be >= 1, got 0"),
+    ("num_nodes", 0, "num_nodes must be >= 1, got 0"),
+    ("max_steps", 0, "max_steps must be >= 1, got 0"),
+    ("max_eval_batches", 0, "max_eval_batches must be >= 1, got 0"),
+    ("threads", 0, "threads must be >= 1, got 0"),
+    ("p", 0.5, "p must be >= 1, got 0.5"),
+    ("label_smoothing", 1.0, "label_smoothing must be >= 0 and < 1, got 1.0"),
+    ("label_noise", 1.5, "label_noise must be >= 0 and < 1, got 1.5"),
+    ("ema_decay", math.nan, "ema_decay must be >= 0 and < 1, got nan"),
+    ("dropout", -0.5, "dropout must be >= 0 and < 1, got -0.5"),
+    ("method", "adam", "method must be one of sgd, sam, asam, got adam"),
+    ("dataset", "mnist", "dataset must be one of .*, got mnist"),
+    ("weight_decay_in", "both", "weight_decay_in must be one of base, loss, got both"),
+    ("model", "wrn-29-10", "model must be .*got 'wrn-29-10'"),
+    ("devices", "two", "devices must be a count >= 1, a list of indices or auto, got two"),
+    ("devices", "0", "devices must be a count >= 1, a list of indices or auto, got 0"),
+    ("precision", "16-mixed", "precision 16-mixed is not supported yet: it needs loss scaling; use bf16-mixed"),
+    ("momentum", 0.0, "nesterov needs momentum > 0, got momentum 0.0"),
+    ("dropout", 0.1, "dropout and shortcut belong to wide ResNets, got model small-cnn"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), REFUSED)
+def test_value_outside_its_domain_is_refused_by_name(name: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        replace(TrainConfig(), **{name: value})
+
+
+def test_average_of_weights_in_bfloat16_is_refused() -> None:
+    with pytest.raises(ValueError, match="ema_decay needs weights wider than bfloat16"):
+        TrainConfig(ema_decay=0.9, precision="bf16-true")
+
+
+def test_neutral_values_are_allowed() -> None:
+    TrainConfig(rho=0.0, lr=0.0, weight_decay=0.0, momentum=0.0, nesterov=False, eta=0.0, p=math.inf)
+
+
+def test_every_field_has_a_line_of_help() -> None:
+    source = Path(TrainConfig.__module__.replace(".", "/"))
+    text = (Path(__file__).parents[2] / "src" / source.with_suffix(".py")).read_text()
+    for field in fields(TrainConfig):
+        line = text.index(f"\n    {field.name}: ")
+        assert text[text.index("\n", line + 1) :].lstrip().startswith('"""'), field.name
+
+
+def test_run_directory_is_named_by_recipe_method_and_seed() -> None:
+    assert TrainConfig(recipe="digits", method="asam", seed=3).run_dir == Path("runs/digits-asam-3")
+    assert TrainConfig(output_dir=Path("here")).run_dir == Path("here")
+
+
+def test_file_holds_every_field_and_reads_back_equal(tmp_path: Path) -> None:
+    config = TrainConfig(p=math.inf, weight_decay=1e-5, output_dir=tmp_path, max_steps=7, threads=2, nesterov=False)
+    path = tmp_path / "config.yaml"
+    path.write_text(config_to_yaml(config))
+    assert load_config(path) == config
+    assert {line.split(":")[0] for line in path.read_text().splitlines()} == {f.name for f in fields(TrainConfig)}
+
+
+def test_file_written_by_hand_may_leave_out_fields_and_use_yaml_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("lr: 1\nweight_decay: 1e-3\ndevices: 2\noutput_dir: out\nmax_steps: null\n")
+    config = load_config(path)
+    assert config == TrainConfig(lr=1.0, weight_decay=1e-3, devices="2", output_dir=Path("out"))
+    assert isinstance(config.lr, float)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr: 0.1\nlearning: 2\nrate: 3", "has unknown fields: learning, rate"),
+        ("lr: fast", "lr must be of type float, got 'fast'"),
+        ("epochs: 1.5", "epochs must be of type int, got 1.5"),
+        ("epochs: true", "epochs must be of type int, got True"),
+        ("epochs: null", "epochs must be of type int, got None"),
+        ("wandb: 1", "wandb must be of type bool, got 1"),
+        ("wandb: 'no'", "wandb must be of type bool, got 'no'"),
+        ("recipe: [a]", "recipe must be of type str, got \\['a'\\]"),
+        ("method: 3", "method must be one of sgd, sam, asam, got 3"),
+        ("rho: -1", "rho must be >= 0, got -1.0"),
+        ("- a\n- b", "must map field names to values, got list"),
+        ("a: [", "is not valid YAML"),
+    ],
+)
+def test_broken_file_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(path)
+
+
+def test_fields_that_alter_no_number_do_not_count_as_different() -> None:
+    config = TrainConfig()
+    neutral = {"output_dir": Path("a"), "data_dir": Path("b"), "max_steps": 3, "checkpoint_seconds": 1.0}
+    assert differing_fields(config, replace(config, **neutral, wandb=True, wandb_project="p", progress_steps=1)) == []
+    assert differing_fields(config, replace(config, lr=0.2, epochs=9)) == ["epochs 60 -> 9", "lr 0.1 -> 0.2"]
+
+
+def test_learning_rate_rises_linearly_then_follows_half_a_cosine() -> None:
+    rates = [learning_rate(step, peak=2.0, num_steps=8, num_warmup_steps=4) for step in range(9)]
+    half_cosine = [1 + math.cos(math.pi * step / 4) for step in range(5)]
+    assert rates == pytest.approx([0.5, 1.0, 1.5, 2.0, *half_cosine])
+    assert rates[-1] == 0.0
+    assert learning_rate(0, peak=2.0, num_steps=8) == 2.0

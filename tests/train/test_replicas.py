@@ -1,0 +1,51 @@
+"""Several processes train as one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+RANKS = """
+import hashlib, sys, torch
+from flatmin.train.cli import main
+from flatmin.train.writer import RunWriter
+
+finish = RunWriter.finish
+
+def finish_and_compare(writer, state, metrics):
+    weights = torch.cat([param.detach().flatten() for param in state.model.parameters()])
+    digests = [None, None]
+    torch.distributed.all_gather_object(digests, hashlib.sha256(weights.numpy().tobytes()).hexdigest())
+    print("DIGESTS", *digests)
+    return finish(writer, state, metrics)
+
+RunWriter.finish = finish_and_compare
+flags = "--accelerator cpu --devices 2 --strategy ddp --threads 1 --checkpoint-seconds 0 --epochs 2 --batch-size 432"
+model = "--model wrn-10-1 --dropout 0.2 --ema-decay 0.5 --rho 0.2"
+for directory, limit in (("resumed", "--max-steps 2"), ("resumed", ""), ("whole", "")):
+    arguments = f"train digits {flags} {model} --output-dir {sys.argv[1]}/{directory} {limit}"
+    assert main(arguments.split()) == 0
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_end_with_equal_weights_and_resume_exactly(tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    done = subprocess.run(
+        [*command, "--rdzv-endpoint=localhost:0", str(script), str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    digests = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("DIGESTS")]
+    assert len(digests) == 2 * 3  # one line of each process for each run
+    assert all(first == second for first, second in digests)
+    resumed, whole = ((tmp_path / run / "metrics.jsonl").read_text() for run in ("resumed", "whole"))
+    assert resumed == whole
+    assert len(whole.splitlines()) == 2
+    assert done.stdout.count("epoch 2/2") == 2  # only the first process talks

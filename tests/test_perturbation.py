@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flatmin.optim.perturbation import _perturb_foreach_, _perturb_one_by_one_, assign_
+from flatmin.optim.perturbation import _perturb_at_once_, _perturb_in_runs_, assign_
 
 
 def _case(dtype):
@@ -14,7 +14,7 @@ def _case(dtype):
     return params, tensors, [small, large, small]
 
 
-@pytest.mark.parametrize("perturb_", [_perturb_one_by_one_, _perturb_foreach_])
+@pytest.mark.parametrize("perturb_", [_perturb_in_runs_, _perturb_at_once_])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_both_forms_add_in_wide_precision_and_return_the_values_of_before(perturb_, dtype):
     params, tensors, scales = _case(dtype)
@@ -35,6 +35,6 @@ def test_adding_and_subtracting_again_would_not_be_exact():
     """The control of the exact restore: the cheaper way, which several ports take, drifts."""
     params, tensors, scales = _case(torch.float32)
     before = params[0].clone()
-    _perturb_one_by_one_(params, tensors, scales)
+    _perturb_in_runs_(params, tensors, scales)
     params[0].sub_(tensors[0] * scales[0])
     assert not torch.equal(params[0], before)

@@ -16,6 +16,8 @@ from flatmin.optim import Ball, SharpnessAware
 from flatmin.optim.freshness import has_fresh_gradient
 from flatmin.optim.groups import ActiveGroup
 
+__all__ = ["SAM"]
+
 _COPIES_OF_WEIGHTS = {"old_p", "e_w"}  # what the older ports keep as state: weights and perturbation of the last step
 
 

@@ -297,7 +297,8 @@ class SharpnessAware(Wrapper):
                 for owner, grad in zip(group.owners, group.grads, strict=True)
             }
         if self._is_perturbed_step():
-            self._progress.finite.append(self._visit.ascend(groups, self.direction(groups), self.ball))
+            is_last = self._progress.num_ascents + 1 == self.ascent_steps
+            self._progress.finite.append(self._visit.ascend(groups, self.direction(groups), self.ball, is_last))
         self._progress.num_ascents += 1
         if self._replay is not None:
             self._replay.rewind()

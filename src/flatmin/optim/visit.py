@@ -19,7 +19,7 @@ class Visit:
         owners: The parameters that take part.
         params: The same as real tensors.
         values: Their values at w, empty at home and where a visit moves nothing.
-        scaling: The metric's T at w.
+        scaling: The metric's T at w, until the last ascent.
     """
 
     num_ascents: int = 0
@@ -28,8 +28,14 @@ class Visit:
     values: list[Tensor] = field(default_factory=list)
     scaling: list[Tensor] | None = None
 
-    def ascend(self, groups: list[ActiveGroup], direction: list[Tensor], ball: Ball) -> Tensor:
+    def ascend(self, groups: list[ActiveGroup], direction: list[Tensor], ball: Ball, is_last: bool) -> Tensor:
         """Climb along the direction: to the sphere at first, then onward and back into the ball.
+
+        Args:
+            groups: The parameters with a gradient.
+            direction: One tensor per parameter.
+            ball: Where eps may be.
+            is_last: Whether the descent comes next, so that T can be freed.
 
         Returns:
             Whether the direction was finite, 0-dim; where it was not, the parameters stay.
@@ -49,6 +55,8 @@ class Visit:
         self.num_ascents += 1
         if unit.is_finite.device.type != "cpu" or unit.is_finite:  # 0 * inf would be NaN; an accelerator cannot say
             self._move(unit, radii, ball)
+        if is_last:
+            self.scaling = None
         return unit.is_finite
 
     def go_home(self) -> None:

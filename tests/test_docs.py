@@ -1,0 +1,62 @@
+"""The documentation tells the truth: examples run, links lead somewhere, public names are described."""
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PACKAGES = [
+    "flatmin",
+    "flatmin.optim",
+    "flatmin.sharpness",
+    "flatmin.compat",
+    "flatmin.train.data",
+    "flatmin.train.models",
+]
+
+
+def _python_blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_blocks_run(page, capsys):
+    for block in _python_blocks(page):
+        exec(compile(block, str(page), "exec"), {"__name__": "example"})
+
+
+def test_the_readme_example_is_on():
+    """The control of the test above: the example is found, and its optimizer perturbs every step."""
+    (block,) = _python_blocks(ROOT / "README.md")
+    names = {}
+    exec(block, names)
+    diagnostics = names["optimizer"].diagnostics
+    assert diagnostics.num_perturbed_steps == 10
+    assert diagnostics.loss_rise > 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_public_names_are_described(package):
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        thing = getattr(module, name)
+        if inspect.isclass(thing) or inspect.isfunction(thing):
+            assert inspect.getdoc(thing), f"{package}.{name} has no docstring"
+            assert not inspect.getdoc(thing).startswith(f"{name}("), f"{package}.{name} has only a generated docstring"
+
+
+@pytest.mark.parametrize("name", importlib.import_module("flatmin").__all__)
+def test_public_optimizers_are_in_the_docs(name):
+    pages = (ROOT / "README.md").read_text() + (ROOT / "docs" / "optimizers.md").read_text()
+    assert re.search(rf"\b{name}\b", pages), f"{name} is in no page"

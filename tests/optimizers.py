@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 import flatmin
 import flatmin.compat
+from problems import TinyNetwork, batches, tiny_network
 
 
 @dataclass(frozen=True)
@@ -73,4 +75,27 @@ TABLE = (
     Row("compat-SAM", _port, invalid=_RHO),
     Row("compat-SAM-adaptive", _port, {"adaptive": True}, scale=lambda name, w: w.abs()),
 )
-NAMES = [row.name for row in TABLE]
+
+
+def sgd(params: Any, **options: Any) -> torch.optim.SGD:
+    """The usual base."""
+    return torch.optim.SGD(params, **{"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, **options})
+
+
+def built(row: Row, rho: float = 0.1, dtype: torch.dtype = torch.float32, **more: Any) -> tuple[TinyNetwork, Any]:
+    """The row's optimizer around SGD for a fresh tiny network."""
+    model = tiny_network(dtype=dtype)
+    return model, row.build(sgd(model.parameters()), model, rho, **more)
+
+
+def closure_on(optimizer: Any, model: nn.Module, batch: int = 0) -> Callable[[], Tensor]:
+    """A closure as torch wants it."""
+    inputs, labels = batches(next(model.parameters()).dtype)[batch]
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = cross_entropy(model(inputs), labels)
+        loss.backward()
+        return loss
+
+    return closure

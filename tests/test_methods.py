@@ -6,26 +6,20 @@ import pytest
 import torch
 from torch import nn
 
-import doors
 import flatmin
-from doors import everything, through_closure, train
+from doors import everything, through_closure, through_context, through_two_steps, train
 from flatmin.optim import Always, Ball, SharpnessAware
 from problems import quadratic, tiny_network
 
 
-def _minimum_direction(rho):
-    """Where SAM's first pass goes on a quadratic: known in closed form."""
-    curvature = torch.diag(torch.tensor([4.0, 1.0, 0.25], dtype=torch.float64))
-    weights = nn.Parameter(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64))
-    start = weights.detach().clone()
-    optimizer = flatmin.SAM(torch.optim.SGD([weights], lr=1.0), rho)
-    through_closure(optimizer, lambda: quadratic(curvature, weights))
-    return curvature, start, start - weights.detach()
-
-
 def test_sam_on_a_quadratic_follows_the_closed_form():
-    curvature, start, step = _minimum_direction(0.7)
+    curvature = torch.diag(torch.tensor([4.0, 1.0, 0.25], dtype=torch.float64))
+    start = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    weights = nn.Parameter(start.clone())
+    optimizer = flatmin.SAM(torch.optim.SGD([weights], lr=1.0), 0.7)
+    through_closure(optimizer, lambda: quadratic(curvature, weights))
     gradient = curvature @ start
+    step = start - weights.detach()
     torch.testing.assert_close(step, curvature @ (start + 0.7 * gradient / gradient.norm()), rtol=1e-14, atol=1e-14)
     assert (step - gradient).norm() > 0.1
 
@@ -49,14 +43,13 @@ class _EveryThird:
         return step % 3 == 0
 
 
-@pytest.mark.parametrize("door_name", ["closure", "two steps", "context"])
-def test_a_policy_that_never_perturbs_is_the_base(door_name):
-    door = {"closure": doors.through_closure, "two steps": doors.through_two_steps, "context": doors.through_context}
+@pytest.mark.parametrize("door", [through_closure, through_two_steps, through_context])
+def test_a_policy_that_never_perturbs_is_the_base(door):
     model, plain = tiny_network(), tiny_network()
     optimizer = SharpnessAware(torch.optim.SGD(model.parameters(), lr=0.1), 0.5, when=_Never(), model=model)
-    doors.train(optimizer, model, door=door[door_name])
-    doors.train(torch.optim.SGD(plain.parameters(), lr=0.1), plain)
-    assert torch.equal(doors.everything(model), doors.everything(plain))
+    train(optimizer, model, door=door)
+    train(torch.optim.SGD(plain.parameters(), lr=0.1), plain)
+    assert torch.equal(everything(model), everything(plain))
     assert optimizer.diagnostics.num_perturbed_steps == 0
 
 
@@ -73,15 +66,15 @@ def test_a_policy_saves_passes_and_goes_on_counting_after_a_resume():
 
         return through_closure(optimizer, counted)
 
-    doors.train(optimizer, model, range(4), count)
+    train(optimizer, model, range(4), count)
     assert num_calls == 4 + 2
     resumed = tiny_network()
     resumed.load_state_dict(model.state_dict())
     other = SharpnessAware(torch.optim.SGD(resumed.parameters(), lr=0.1), 0.5, when=_EveryThird(), model=resumed)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    doors.train(optimizer, model, range(4, 8))
-    doors.train(other, resumed, range(4, 8))
-    assert torch.equal(doors.everything(model), doors.everything(resumed))
+    train(optimizer, model, range(4, 8))
+    train(other, resumed, range(4, 8))
+    assert torch.equal(everything(model), everything(resumed))
 
 
 def _two_layers(factor):
@@ -113,7 +106,7 @@ def test_asam_ignores_the_rescaling_of_consecutive_layers_and_sam_does_not(p):
 
 def test_asam_by_name_needs_names_and_takes_them_from_either_place():
     model = tiny_network()
-    with pytest.raises(ValueError, match="goes by parameter names: pass model="):
+    with pytest.raises(ValueError, match="parameters must have names, because the metric goes by them"):
         flatmin.ASAM(torch.optim.SGD(model.parameters(), lr=0.1))
     flatmin.ASAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
     flatmin.ASAM(torch.optim.SGD(model.named_parameters(), lr=0.1))

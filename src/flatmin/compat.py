@@ -65,26 +65,23 @@ class SAM(SharpnessAware):
         """The base, under the older ports' name."""
         return self.base
 
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        """Take a step.
+    def _step_with(self, closure: Callable[[], Tensor]) -> Tensor | None:
+        """Take a step with a closure of either kind.
 
-        Args:
-            closure: Computes the loss, calls ``backward``, returns the loss. Called once where the gradients at w are
-                already there, else twice.
-
-        Returns:
-            The loss at w; ``None`` where the caller computed it.
+        Gradients that are all zero count as none; to know that, the host looks at them.
         """
-        if closure is None or self._progress.num_ascents or not has_fresh_gradient(self._params()):
-            return super().step(closure)
+        grads = [param.grad for param in self._params() if param.grad is not None]
+        if self._progress.num_ascents or not has_fresh_gradient(self._params()) or not any(map(torch.any, grads)):
+            return super()._step_with(closure)
         self.first_step(zero_grad=True)
         try:
-            with torch.enable_grad():
-                closure()
+            closure()
         except BaseException:
             self.restore()
             raise
-        return super().step()
+        self._descend()
+        self._step_base()
+        return None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, of the base optimizer, or of an older port.

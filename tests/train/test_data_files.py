@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torchvision import datasets
 
 from flatmin.train.data import dataset_facts, load, load_images
 from flatmin.train.data.fashion_mnist import read_idx, read_idx_files
@@ -244,7 +245,7 @@ class FakeFashionMNIST(FakeCIFAR):
     ("name", "fake", "shape"), [("cifar10", FakeCIFAR, (32, 32, 3)), ("fashion-mnist", FakeFashionMNIST, (28, 28, 1))]
 )
 def test_a_download_is_kept_as_one_file_and_not_repeated(tmp_path, monkeypatch, name, fake, shape):
-    monkeypatch.setitem(load.TORCHVISION_CLASSES, name, fake)
+    monkeypatch.setattr(datasets, load.TORCHVISION_CLASSES[name], fake)
     monkeypatch.setattr("flatmin.train.data.fashion_mnist.DEBIAN_DIR", tmp_path / "none")
     monkeypatch.setattr(fake, "calls", 0)
     data_dir = tmp_path / "new" / "data"
@@ -270,7 +271,7 @@ def test_without_network_and_file_one_sentence_says_what_to_put_where(tmp_path, 
     def unreachable(*args, **kwargs):
         raise error
 
-    monkeypatch.setitem(load.TORCHVISION_CLASSES, name, unreachable)
+    monkeypatch.setattr(datasets, load.TORCHVISION_CLASSES[name], unreachable)
     monkeypatch.setattr("flatmin.train.data.fashion_mnist.DEBIAN_DIR", tmp_path / "none")
     data_dir = tmp_path / "data"
     with pytest.raises(FileNotFoundError, match="no route to host") as caught:
@@ -284,7 +285,7 @@ def test_without_network_and_file_one_sentence_says_what_to_put_where(tmp_path, 
 
 
 def test_a_download_that_is_switched_off_is_not_tried(tmp_path, monkeypatch):
-    monkeypatch.setitem(load.TORCHVISION_CLASSES, "cifar100", pytest.fail)
+    monkeypatch.setattr(datasets, "CIFAR100", pytest.fail)
     with pytest.raises(FileNotFoundError, match="downloads are switched off"):
         load_images("cifar100", tmp_path, download=False)
 

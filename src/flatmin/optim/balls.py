@@ -42,6 +42,13 @@ class Ball:
         if not self.p >= 1.0:
             raise ValueError(f"p must be >= 1, got {self.p}")
 
+    def check_ascent_steps(self, ascent_steps: int) -> None:
+        """Refuse several ascents where the projection back to the ball has no closed form, and numbers below 1."""
+        if not isinstance(ascent_steps, int) or not ascent_steps >= 1:
+            raise ValueError(f"ascent_steps must be an integer >= 1, got {ascent_steps}")
+        if ascent_steps > 1 and self.p not in (2.0, math.inf):
+            raise ValueError(f"ascent_steps must be 1 unless p is 2 or infinity, got {ascent_steps} with p = {self.p}")
+
     def farthest(self, direction: list[Tensor], scaling: list[Tensor] | None) -> UnitStep:
         """The maximiser of ``<direction, eps>`` over the ball of radius 1.
 

@@ -1,8 +1,12 @@
 """What the last step saw: was sharpness-aware minimisation even on?"""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
+
+from flatmin.optim.norms import joint_dot, joint_norm
 
 
 @dataclass
@@ -17,10 +21,10 @@ class Diagnostics:
         loss_rise: Loss at w + eps minus loss at w, on the same batch.
         gradient_norm: ``||g||_2`` at w.
         perturbed_gradient_norm: ``||g_p||_2`` at w + eps.
-        cosine: ``<g, g_p> / (||g|| ||g_p||)``.
+        cosine: ``<g, g_p> / (||g|| ||g_p||)``; 0 where one of them is zero.
         perturbation_norm: ``||eps||_2`` as realised after rounding to the parameters' dtype.
         num_steps: Steps so far, in this process.
-        num_perturbed_steps: Those of them that perturbed the weights.
+        num_perturbed_steps: Those of them that ``when`` perturbed with a radius other than 0 somewhere.
         num_skipped_steps: Those of them that were skipped because a gradient was not finite; a 0-dim tensor where the
             device decided it.
     """
@@ -34,6 +38,25 @@ class Diagnostics:
     num_steps: int = 0
     num_perturbed_steps: int = 0
     num_skipped_steps: int | Tensor = 0
+
+    def begin_step(self) -> None:
+        """Forget the values of the last step, not the counts."""
+        self.loss = self.loss_rise = self.cosine = None
+        self.gradient_norm = self.perturbed_gradient_norm = self.perturbation_norm = None
+
+    def measure_perturbation(self, perturbation: Sequence[Tensor]) -> None:
+        """Take the length of eps; nothing was moved where it is empty."""
+        self.perturbation_norm = joint_norm(perturbation) if perturbation else torch.zeros(())
+
+    def measure_gradients(self, clean: Sequence[Tensor | None], perturbed: Sequence[Tensor]) -> None:
+        """Take the lengths of g and g_p and their cosine, over the parameters that have both."""
+        both = [(g, g_p) for g, g_p in zip(clean, perturbed, strict=True) if g is not None]
+        if not both:
+            return
+        g, g_p = [pair[0] for pair in both], [pair[1] for pair in both]
+        self.gradient_norm, self.perturbed_gradient_norm = joint_norm(g), joint_norm(g_p)
+        lengths = self.gradient_norm * self.perturbed_gradient_norm
+        self.cosine = torch.where(lengths == 0, 0.0, joint_dot(g, g_p) / lengths)
 
     def as_dict(self) -> dict[str, float]:
         """The known values as numbers; this waits for the device."""

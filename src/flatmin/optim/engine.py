@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, TypedDict, overload
 
 import torch
@@ -14,10 +13,11 @@ from flatmin.optim.balls import Ball
 from flatmin.optim.combine import Combine, Perturbed
 from flatmin.optim.diagnostics import Diagnostics
 from flatmin.optim.directions import Direction, Gradient
-from flatmin.optim.freshness import drop_used, has_fresh_gradient, mark_used
+from flatmin.optim.freshness import has_fresh_gradient, mark_used
 from flatmin.optim.groups import active_groups
-from flatmin.optim.norms import joint_dot, joint_norm
+from flatmin.optim.norms import joint_norm
 from flatmin.optim.passes import Replay
+from flatmin.optim.progress import Progress
 from flatmin.optim.skipping import step_if_finite
 from flatmin.optim.visit import Visit
 from flatmin.optim.when import Always, When
@@ -33,19 +33,6 @@ class EngineOptions(TypedDict, total=False):
     model: nn.Module | None
     diagnostics: bool
     skip_nonfinite: bool
-
-
-@dataclass
-class _Progress:
-    """How far the step under way has come, and what its passes found."""
-
-    num_ascents: int = 0
-    is_complete: bool = False  # the gradient to follow is ready, at w
-    clean: dict[Tensor, Tensor] = field(default_factory=dict)  # g, where something needs it after the second pass
-    finite: list[Tensor] = field(default_factory=list)  # a flag per pass
-
-    def forget(self) -> None:
-        self.num_ascents, self.is_complete, self.clean, self.finite = 0, False, {}, []
 
 
 class SharpnessAware(Wrapper):
@@ -129,16 +116,10 @@ class SharpnessAware(Wrapper):
         self._collects_norms = diagnostics
         self._replay = Replay(model) if model is not None else None
         self._visit = Visit()
-        self._progress = _Progress()
-        if not ascent_steps >= 1 or (ascent_steps > 1 and self.ball.p not in (2.0, math.inf)):
-            raise ValueError(f"ascent_steps must be >= 1, and 1 unless p is 2 or infinity, got {ascent_steps}")
+        self._progress = Progress()
+        self.ball.check_ascent_steps(ascent_steps)
         super().__init__(base, {"rho": rho, **self.ball.metric.defaults})
-        self._names = names_of(model, self.param_groups)
-        if self.ball.metric.needs_names and not self._names:
-            raise ValueError(
-                f"{type(self.ball.metric).__name__} goes by parameter names: pass model=, build the base from "
-                'model.named_parameters(), or choose scaled="matrices" or "all"'
-            )
+        self._names = self._names_for_metric()
 
     @overload  # type: ignore[override]  # torch types a closure's loss as a float, and every user returns the tensor
     def step(self, closure: None = None) -> None: ...
@@ -165,13 +146,16 @@ class SharpnessAware(Wrapper):
             return self._step_with(torch.enable_grad()(closure))
         if self._progress.num_ascents:
             self._descend()
-        if self._progress.is_complete or self._only_initialises_state():
+        if self._progress.is_complete:
             self._step_base()
-            return None
-        raise RuntimeError(
-            "step() came without a second pass, which would be a plain step of the base optimizer: pass a closure, "
-            "or run backward() inside `with optimizer.perturbed():` or between first_step() and second_step() before it"
-        )
+        elif self._only_creates_state():
+            self.base.step()
+        else:
+            raise RuntimeError(
+                "step() came without a second pass, which would be a plain step of the base optimizer: pass a closure, "
+                "or run backward() inside `with optimizer.perturbed():` or between first_step() and second_step() first"
+            )
+        return None
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
@@ -190,9 +174,11 @@ class SharpnessAware(Wrapper):
             self._progress.num_ascents < self.ascent_steps,
             "first_step() came twice: call second_step() after the second backward pass, or restore() to give up",
         )
+        if self._progress.num_ascents == 0:
+            self._begin()
         self._ascend(keeps_grads=not zero_grad)
         if zero_grad:
-            self.base.zero_grad()
+            self._clear_gradients()
         else:
             mark_used(self._params())
 
@@ -206,6 +192,7 @@ class SharpnessAware(Wrapper):
             RuntimeError: ``first_step`` was not called, or no backward pass was run since.
         """
         _require(self._progress.num_ascents > 0, "second_step() must follow first_step() and a second backward pass")
+        self._descend()
         self.step()
         if zero_grad:
             self.zero_grad()
@@ -230,20 +217,28 @@ class SharpnessAware(Wrapper):
         self._descend()
 
     def restore(self) -> None:
-        """Give up the step under way: back to w, with buffers and generators as the first pass left them."""
+        """Give up the step under way: back to w, with buffers and generators as the first pass left them.
+
+        The gradients found so far count as used.
+        """
         with torch.no_grad():
             self._visit.go_home()
         if self._replay is not None:
             self._replay.finish()
         self._progress.forget()
+        mark_used(self._params())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as ``torch.optim.Optimizer.zero_grad``."""
-        self.base.zero_grad(set_to_none)
-        if not set_to_none:
+        if set_to_none:
+            self._clear_gradients()
+        else:
+            self.base.zero_grad(set_to_none=False)
             mark_used(self._params())
+        if self._progress.is_complete:
+            self._progress.forget()
         if self._replay is not None:
-            self._replay.forget()
+            self._replay.expect_first_pass()
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict, with ``rho`` in its groups; no copy of the weights.
@@ -251,55 +246,75 @@ class SharpnessAware(Wrapper):
         Raises:
             RuntimeError: The parameters are at w + eps, so a model saved now would be the wrong one.
         """
-        _require(
-            self._progress.num_ascents == 0, "state_dict() must not be called between first_step() and second_step()"
-        )
+        self._require_home("state_dict")
         return super().state_dict()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class or of the base optimizer; entries it lacks keep their present values.
+
+        Raises:
+            RuntimeError: The parameters are at w + eps; ``restore`` first.
+        """
+        self._require_home("load_state_dict")
+        super().load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer, with its own ``rho`` or the one given to the constructor."""
+        super().add_param_group(param_group)
+        if self._is_built:
+            self._names = self._names_for_metric()
+
     def check_options(self, options: dict[str, Any]) -> None:
-        """Raise ``ValueError`` where an entry of a group is outside its domain."""
+        """Raise ``ValueError`` or ``TypeError`` where an entry of a group is outside its domain."""
         super().check_options(options)
         self.ball.metric.check(options)
 
-    def _step_with(self, closure: Closure) -> Tensor:
+    def _step_with(self, closure: Closure) -> Tensor | None:
+        """Both passes and the update; the gradients are cleared before each call, so a closure need not."""
         _require(
             self._progress.num_ascents == 0 and not self._progress.is_complete,
             "step(closure) makes both passes itself: it must not follow first_step() or perturbed()",
         )
-        drop_used(self._params())
+        self._begin()
         if self._replay is not None:
             self._replay.begin(in_closure=True)
         try:
+            self._clear_gradients()
             loss = last_loss = closure()
-            if self._is_perturbed_step():
-                for _ in range(self.ascent_steps):
-                    self._ascend()
-                    self.base.zero_grad()
-                    last_loss = closure()
+            for _ in range(self.ascent_steps if self._progress.is_perturbed else 0):
+                self._ascend()
+                self._clear_gradients()
+                last_loss = closure()
             self._descend()
         except BaseException:
             self.restore()
             raise
-        if isinstance(loss, Tensor):
+        if isinstance(loss, Tensor) and isinstance(last_loss, Tensor):
             self.diagnostics.loss = loss.detach()
             self.diagnostics.loss_rise = last_loss.detach() - loss.detach()
         self._step_base()
         return loss
 
+    def _begin(self) -> None:
+        self._progress.is_perturbed = self.when(self.param_groups[0]["num_steps"])
+        self.diagnostics.begin_step()
+
     def _ascend(self, keeps_grads: bool = False) -> None:
         """From the gradient of a pass: climb, and make ready for the next pass."""
         self._require_backward()
+        progress = self._progress
         groups = active_groups(self, self._names)
-        if self._progress.num_ascents == 0 and (self.combine.needs_clean_gradient or self._collects_norms):
-            self._progress.clean = {
+        if progress.num_ascents == 0 and (self.combine.needs_clean_gradient or self._collects_norms):
+            progress.clean = {
                 owner: grad.clone() if keeps_grads else grad
                 for group in groups
                 for owner, grad in zip(group.owners, group.grads, strict=True)
             }
-        if self._is_perturbed_step():
-            is_last = self._progress.num_ascents + 1 == self.ascent_steps
-            self._progress.finite.append(self._visit.ascend(groups, self.direction(groups), self.ball, is_last))
-        self._progress.num_ascents += 1
+        if progress.is_perturbed:
+            is_last = progress.num_ascents + 1 == self.ascent_steps
+            progress.finite.append(self._visit.ascend(groups, self.direction(groups), self.ball, is_last))
+            progress.has_moved = any(group.radius != 0.0 for group in groups)
+        progress.num_ascents += 1
         if self._replay is not None:
             self._replay.rewind()
 
@@ -307,59 +322,68 @@ class SharpnessAware(Wrapper):
     def _descend(self) -> None:
         """From the gradient of the last pass: go home, and make the gradient to follow."""
         self._require_backward()
-        if self._collects_norms and self._visit.values:
-            self.diagnostics.perturbation_norm = joint_norm(self._visit.perturbation())
+        progress = self._progress
+        if self._collects_norms and progress.is_perturbed:
+            self.diagnostics.measure_perturbation(self._visit.perturbation())
         self._visit.go_home()
         if self._replay is not None:
             self._replay.finish()
         groups = active_groups(self, self._names)
         owners = [owner for group in groups for owner in group.owners]
         grads = [grad for group in groups for grad in group.grads]
-        clean = [self._progress.clean.get(owner) for owner in owners]
+        clean = [progress.clean.get(owner) for owner in owners]
         if self._collects_norms:
-            self._collect_norms(clean, grads)
+            self.diagnostics.measure_gradients(clean, grads)
         if self.skip_nonfinite:
-            self._progress.finite.append(joint_norm(grads, math.inf).isfinite())
-        if self._is_perturbed_step():
+            progress.finite.append(joint_norm(grads, math.inf).isfinite())
+        if progress.is_perturbed:
             for owner, grad, followed in zip(owners, grads, self.combine(clean, grads), strict=True):
                 if followed is not grad:
                     owner.grad = torch.view_as_complex(followed) if owner.is_complex() else followed
-        self._progress.is_complete = True
+        progress.num_ascents, progress.is_complete = 0, True
 
     def _step_base(self) -> None:
         """The base optimizer's update, unless a pass found a gradient that is not finite."""
-        was_perturbed, finite = self._is_perturbed_step(), self._progress.finite
+        finite, has_moved = self._progress.finite, self._progress.has_moved
         self._progress.forget()
-        if self.skip_nonfinite and finite:
-            is_finite = torch.stack([flag.to(finite[0].device) for flag in finite]).all()
-            self.diagnostics.num_skipped_steps += step_if_finite(self.base, is_finite)
-        else:
-            self.base.step()
-        mark_used(self._params())
+        try:
+            if self.skip_nonfinite and finite:
+                is_finite = torch.stack([flag.to(finite[0].device) for flag in finite]).all()
+                self.diagnostics.num_skipped_steps += step_if_finite(self.base, is_finite)
+            else:
+                self.base.step()
+        finally:
+            mark_used(self._params())
         self.diagnostics.num_steps += 1
-        self.diagnostics.num_perturbed_steps += was_perturbed
+        self.diagnostics.num_perturbed_steps += has_moved
         for group in self.param_groups:
             group["num_steps"] += 1
 
-    def _collect_norms(self, clean: list[Tensor | None], grads: list[Tensor]) -> None:
-        both = [(g, g_p) for g, g_p in zip(clean, grads, strict=True) if g is not None]
-        if not both:
-            return
-        g, g_p = [pair[0] for pair in both], [pair[1] for pair in both]
-        self.diagnostics.gradient_norm = joint_norm(g)
-        self.diagnostics.perturbed_gradient_norm = joint_norm(g_p)
-        lengths = self.diagnostics.gradient_norm * self.diagnostics.perturbed_gradient_norm
-        self.diagnostics.cosine = joint_dot(g, g_p) / lengths
+    def _only_creates_state(self) -> bool:
+        """Whether torch.distributed.checkpoint makes the base create its state, with lr and gradients of zero."""
+        return (
+            not self.state
+            and all(float(group.get("lr", 1.0)) == 0.0 for group in self.param_groups)
+            and not any(param.grad is not None and param.grad.any() for param in self._params())
+        )
 
-    def _is_perturbed_step(self) -> bool:
-        return self.when(self.param_groups[0]["num_steps"])
-
-    def _only_initialises_state(self) -> bool:
-        # torch.distributed.checkpoint makes a base create its state by a step with zero gradients and zero lr.
-        return all(float(group.get("lr", 1.0)) == 0.0 for group in self.param_groups)
+    def _names_for_metric(self) -> dict[Tensor, str]:
+        if not self.ball.metric.needs_names:
+            return {}
+        return names_of(self._replay.model if self._replay is not None else None, self.param_groups)
 
     def _params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
+
+    def _clear_gradients(self) -> None:
+        for param in self._params():
+            param.grad = None
+
+    def _require_home(self, call: str) -> None:
+        _require(
+            self._progress.num_ascents == 0,
+            f"{call}() must not be called between first_step() and second_step(): finish the step, or restore()",
+        )
 
     def _require_backward(self) -> None:
         if not has_fresh_gradient(self._params()):

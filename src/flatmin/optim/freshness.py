@@ -23,12 +23,5 @@ def has_fresh_gradient(params: Iterable[Tensor]) -> bool:
     return any(param.grad is not None and not _is_used(param.grad) for param in params)
 
 
-def drop_used(params: Iterable[Tensor]) -> None:
-    """Set the used gradients to ``None``, so that a closure that does not zero them cannot add to them."""
-    for param in params:
-        if param.grad is not None and _is_used(param.grad):
-            param.grad = None
-
-
 def _is_used(grad: Tensor) -> bool:
     return getattr(grad, _USED_AT, None) == grad._version

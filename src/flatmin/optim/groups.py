@@ -39,10 +39,13 @@ def active_groups(optimizer: Optimizer, names: Mapping[Tensor, str]) -> list[Act
 
     Raises:
         RuntimeError: A gradient is sparse.
+        ValueError: A group's ``rho`` was scheduled below zero.
     """
     groups = []
     for options in optimizer.param_groups:
-        owners = [param for param in options["params"] if param.grad is not None]
+        if not options["rho"] >= 0.0:
+            raise ValueError(f"rho must be >= 0, got {options['rho']}")
+        owners = [param for param in options["params"] if param.grad is not None and param.numel() > 0]
         if not owners:
             continue
         grads = [param.grad for param in owners]

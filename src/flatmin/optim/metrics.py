@@ -23,7 +23,7 @@ class Metric(Protocol):
         """Hyperparameters that every parameter group gets, each group with a value of its own."""
 
     def check(self, options: Mapping[str, Any]) -> None:
-        """Raise ``ValueError`` where a group's own value is outside its domain."""
+        """Raise ``ValueError`` or ``TypeError`` where a group's own value is outside its domain."""
 
     def scaling(self, groups: list[ActiveGroup]) -> list[Tensor] | None:
         """T at the present parameters: a tensor per parameter that broadcasts to it; ``None`` stands for all ones."""

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatmin.optim.freshness import has_fresh_gradient
+
 _Generators = dict[torch.device, Tensor]
-_Buffers = list[tuple[nn.Module, str, Tensor, Tensor]]
+_Buffers = list[tuple[nn.Module, str, Tensor | None, Tensor | None]]
 
 
 class Replay:
@@ -31,18 +33,31 @@ class Replay:
         self._calls: list[_Generators] = []
         self._num_replayed = 0
         self._in_closure = False
-        model.register_forward_pre_hook(_Recorder(self))
+        self._may_start_anew = False
+        hook = model.register_forward_pre_hook(_Recorder(self))
+        weakref.finalize(self, hook.remove)
 
     def begin(self, *, in_closure: bool = False) -> None:
         """The first pass starts here."""
-        self._in_closure = in_closure
+        self._in_closure, self._may_start_anew = in_closure, False
         self._calls = []
         self._at_start = self._generators(), self._buffers()
 
+    def expect_first_pass(self) -> None:
+        """Gradients were cleared: the model's next call starts a first pass, unless a backward pass comes before it."""
+        self._may_start_anew = self._after_first is None and not self._in_closure
+
     def rewind(self) -> None:
-        """A later pass starts here: return to where the first one started, having noted where it ended."""
-        if self._at_start is None:  # no call of the model was seen, so there is nothing to replay
-            return
+        """A later pass starts here: return to where the first one started, having noted where it ended.
+
+        Raises:
+            RuntimeError: The first pass did not call the model.
+        """
+        if self._at_start is None:
+            raise RuntimeError(
+                "the first pass did not call the module given as model=, so there is nothing to replay: "
+                "give the module that the loop calls, such as the compiled or distributed wrapper"
+            )
         if self._after_first is None:
             self._after_first = self._generators(), self._buffers()
         _set_generators(self._at_start[0])
@@ -56,21 +71,16 @@ class Replay:
             _set_buffers(self._after_first[1])
         self._at_start = self._after_first = None
         self._calls = []
-        self._in_closure = False
-
-    def forget(self) -> None:
-        """Gradients were zeroed: what was recorded since the last step belongs to no pass."""
-        if self._after_first is None and not self._in_closure:
-            self._at_start = None
-            self._calls = []
+        self._in_closure = self._may_start_anew = False
 
     def on_call(self) -> None:
         """The model is about to run forward."""
         if not torch.is_grad_enabled():
             return
         if self._after_first is None:
-            if self._at_start is None:
+            if self._at_start is None or (self._may_start_anew and not has_fresh_gradient(self.model.parameters())):
                 self.begin()
+            self._may_start_anew = False
             self._calls.append(self._generators())
         elif self._num_replayed < len(self._calls):
             _set_generators(self._calls[self._num_replayed])
@@ -90,10 +100,9 @@ class Replay:
 
     def _buffers(self) -> _Buffers:
         return [
-            (module, name, buffer, buffer.clone())
+            (module, name, buffer, None if buffer is None else buffer.clone())
             for module in self.model.modules()
             for name, buffer in module._buffers.items()
-            if buffer is not None
         ]
 
 
@@ -124,4 +133,5 @@ def _set_buffers(buffers: _Buffers) -> None:
     with torch.no_grad():
         for module, name, buffer, value in buffers:
             module._buffers[name] = buffer  # a module may have bound a new tensor instead of writing into this one
-            buffer.copy_(value)
+            if buffer is not None and value is not None:
+                buffer.copy_(value)

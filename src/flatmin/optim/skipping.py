@@ -7,8 +7,8 @@ from torch.optim import Optimizer
 def step_if_finite(base: Optimizer, is_finite: Tensor) -> int | Tensor:
     """Take the base optimizer's step, or leave parameters and state as they are.
 
-    A fused optimizer reads the flag on the device, as it does for a gradient scaler. For any other the host reads it,
-    which on a CPU waits for nothing.
+    An optimizer that supports gradient scalers (torch's fused ones) reads the flag on the device. For any other the
+    host reads it, which on a CPU waits for nothing.
 
     Args:
         base: The optimizer.
@@ -17,9 +17,9 @@ def step_if_finite(base: Optimizer, is_finite: Tensor) -> int | Tensor:
     Returns:
         How many steps were skipped, 0 or 1; a 0-dim tensor where the device decided.
     """
-    if all(group.get("fused") for group in base.param_groups):
+    if getattr(base, "_step_supports_amp_scaling", False):  # torch's own protocol
         is_skipped = is_finite.logical_not()
-        base.found_inf = is_skipped.float()  # type: ignore[attr-defined]  # where torch's fused optimizers look for it
+        base.found_inf = is_skipped.float()  # type: ignore[attr-defined]  # where they look for it
         try:
             base.step()
         finally:

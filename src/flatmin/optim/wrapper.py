@@ -32,16 +32,26 @@ class Wrapper(Optimizer):
         self.base = base
         self._own_defaults = {**own_defaults, "num_steps": 0}
         self.check_options(self._own_defaults)
+        taken = {name for name in self._own_defaults if name in base.defaults}
+        if taken:
+            raise ValueError(
+                f"base must have no hyperparameter named {', '.join(sorted(taken))}, which are ours, "
+                f"got {type(base).__name__}"
+            )
         for group in base.param_groups:
             self._check_not_wrapped(group)
             self.check_options({**self._own_defaults, **group})
         groups, state = base.param_groups, base.state
+        self._is_built = False
         super().__init__(groups, {**base.defaults, **self._own_defaults})  # empties both: they are the base's own
         base.param_groups, base.state = groups, state
+        self._is_built = True
         self._share_hooks()
 
     def check_options(self, options: dict[str, Any]) -> None:
-        """Raise ``ValueError`` where an entry of a group is outside its domain."""
+        """Raise ``ValueError`` or ``TypeError`` where an entry of a group is outside its domain."""
+        if not isinstance(options["rho"], int | float):
+            raise TypeError(f"rho must be a number, got {options['rho']!r}")
         if not 0.0 <= options["rho"] < math.inf:
             raise ValueError(f"rho must be >= 0 and finite, got {options['rho']}")
 
@@ -69,7 +79,10 @@ class Wrapper(Optimizer):
             self.check_options({**self._own_defaults, **param_group})
             for name, default in self._own_defaults.items():
                 param_group.setdefault(name, default)
-        self.base.add_param_group(param_group)
+        if self._is_built:
+            self.base.add_param_group(param_group)
+        else:  # torch's constructor adds the groups again that the base has checked long ago
+            self.param_groups.append(param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state dict, in torch's standard form."""
@@ -109,11 +122,20 @@ class Wrapper(Optimizer):
 
 
 def names_of(model: nn.Module | None, groups: list[dict[str, Any]]) -> dict[Tensor, str]:
-    """The parameters' names: as the groups tell them, else as the model does; empty where some are unknown."""
+    """The parameters' names: as the groups tell them, else as the model does.
+
+    Raises:
+        ValueError: Some have none.
+    """
     names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()} if model is not None else {}
     for group in groups:
         names.update(zip(group["params"], group.get("param_names", ()), strict=False))
-    return names if all(param in names for group in groups for param in group["params"]) else {}
+    if not all(param in names for group in groups for param in group["params"]):
+        raise ValueError(
+            "parameters must have names, because the metric goes by them: pass model=, build the base from "
+            'model.named_parameters(), or choose scaled="matrices" or "all"'
+        )
+    return names
 
 
 def _check_base(base: object) -> None:

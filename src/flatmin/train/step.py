@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
 import flatmin
 from flatmin.train.config import TrainConfig
+from flatmin.train.data.seeding import seed_from
 from flatmin.train.launch import forward
 from flatmin.train.optimizers import decayed_params, l2_penalty
 from flatmin.train.schedule import learning_rate
@@ -56,7 +56,10 @@ def step_learning_rate(config: TrainConfig, step: int, num_batches: int) -> floa
 
 def seed_random_numbers(seed: int, step: int, rank: int) -> None:
     """Make the random numbers of a step, such as dropout masks, a pure function of seed, step and replica."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
+    number = seed_from("step", seed, step, rank)
+    torch.default_generator.manual_seed(number)  # torch.manual_seed would take a traceback for devices not yet in use
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed(number)
 
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:

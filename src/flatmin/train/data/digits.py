@@ -1,7 +1,6 @@
 """The handwritten digits that ship inside scikit-learn: a real data set without a download."""
 
 import torch
-from sklearn.datasets import load_digits
 
 from flatmin.train.data.image_set import ImageSet
 from flatmin.train.data.seeding import generator_from
@@ -16,6 +15,8 @@ def read_digits() -> ImageSet:
     References:
         Alpaydin and Kaynak (1998), Optical Recognition of Handwritten Digits, UCI Machine Learning Repository.
     """
+    from sklearn.datasets import load_digits  # noqa: PLC0415 - it takes a second, which only this data set is worth
+
     digits = load_digits()
     order = torch.randperm(len(digits.images), generator=generator_from("digits"))
     images = torch.from_numpy(digits.images * 255 / 16).round().to(torch.uint8).unsqueeze(3)[order]

@@ -5,7 +5,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torchvision import datasets
 
 from flatmin.train.data import fashion_mnist
 from flatmin.train.data.catalogue import DatasetName, dataset_facts
@@ -14,11 +13,7 @@ from flatmin.train.data.image_file import read_image_file, write_image_file
 from flatmin.train.data.image_set import ImageSet
 from flatmin.train.data.seeding import generator_from
 
-TORCHVISION_CLASSES = {
-    "fashion-mnist": datasets.FashionMNIST,
-    "cifar10": datasets.CIFAR10,
-    "cifar100": datasets.CIFAR100,
-}
+TORCHVISION_CLASSES = {"fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 
 
 def load_images(name: DatasetName, data_dir: Path, *, download: bool = True) -> ImageSet:
@@ -68,11 +63,13 @@ def load_images(name: DatasetName, data_dir: Path, *, download: bool = True) -> 
 
 def downloaded(name: DatasetName, path: Path, *, download: bool) -> ImageSet:
     """Fetch a data set with torchvision, which compares the published checksums, by way of a temporary directory."""
+    from torchvision import datasets  # noqa: PLC0415 - it takes two seconds, which only a download is worth
+
     try:
         if not download:
             raise RuntimeError("downloads are switched off")
         with TemporaryDirectory() as directory:
-            dataset = TORCHVISION_CLASSES[name]
+            dataset = getattr(datasets, TORCHVISION_CLASSES[name])
             train, test = (dataset(directory, train=train, download=True) for train in (True, False))
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())

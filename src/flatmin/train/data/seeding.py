@@ -5,17 +5,20 @@ import hashlib
 import torch
 
 
-def generator_from(*key: str | int) -> torch.Generator:
-    """Return a CPU generator that is a pure function of ``key``, and unrelated to that of any other key.
+def seed_from(*key: str | int) -> int:
+    """Hash ``key`` to the 32 bits that torch's CPU generator looks at in its seed.
 
-    The key is hashed to the 32 bits that torch's CPU generator looks at in its seed: a sum would confuse (0, 1) with
-    (1, 0), and a wide integer would lose its upper part.
+    A sum would confuse (0, 1) with (1, 0), and a wide integer would lose its upper part.
 
     Args:
         key: What the draw is for, then the numbers that tell one such draw from another, as a seed and an epoch.
-
-    Returns:
-        A new generator; torch's global one is not touched.
     """
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "big")
+
+
+def generator_from(*key: str | int) -> torch.Generator:
+    """Return a CPU generator that is a pure function of ``key``, and unrelated to that of any other key.
+
+    Torch's global generator is not touched.
+    """
+    return torch.Generator().manual_seed(seed_from(*key))

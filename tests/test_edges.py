@@ -1,0 +1,280 @@
+"""Pieces, bases, models and options at the edges."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import flatmin
+import flatmin.compat
+from doors import everything, through_closure, through_context, through_two_steps, train
+from flatmin.optim import SharpnessAware
+from problems import batches, tiny_network
+
+
+def _sgd(model, **options):
+    return torch.optim.SGD(model.parameters(), **{"lr": 0.1, "momentum": 0.9, **options})
+
+
+def _loss(model, batch=0):
+    inputs, labels = batches()[batch]
+    return cross_entropy(model(inputs), labels)
+
+
+class _Mean:
+    """g* = (3 g + g_p) / 4, by a closed form that no shipped method has."""
+
+    needs_clean_gradient = True
+
+    def __call__(self, clean, perturbed):
+        return [(3 * g + g_p) / 4 for g, g_p in zip(clean, perturbed, strict=True)]
+
+
+@pytest.mark.parametrize("zero_grad", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_a_combination_gets_both_gradients_and_its_result_is_followed(zero_grad, dtype):
+    start = torch.tensor([3.0, -4.0], dtype=dtype)
+    weights = nn.Parameter(start.clone())
+    optimizer = SharpnessAware(torch.optim.SGD([weights], lr=1.0), 0.5, combine=_Mean())
+
+    def backward():
+        weights.grad = (
+            None if zero_grad else torch.zeros_like(weights) if weights.grad is None else weights.grad.zero_()
+        )
+        (weights * weights.conj()).real.sum().div(2).backward()  # the gradient is w itself
+
+    backward()
+    optimizer.first_step(zero_grad=zero_grad)
+    backward()
+    optimizer.second_step()
+    there = start * (1 + 0.5 / 5)
+    torch.testing.assert_close(weights.detach(), start - (3 * start + there) / 4)
+
+
+def test_a_direction_of_ones_own_is_followed():
+    class Uphill:
+        def __call__(self, groups):
+            return [torch.ones_like(grad) for group in groups for grad in group.grads]
+
+    weights = nn.Parameter(torch.zeros(4))
+    optimizer = SharpnessAware(torch.optim.SGD([weights], lr=0.0), 2.0, direction=Uphill())
+    (weights * torch.arange(4.0)).sum().backward()
+    with optimizer.perturbed():
+        assert weights.tolist() == [1.0] * 4
+        weights.sum().backward()
+
+
+def test_skipping_can_be_turned_off():
+    weights = nn.Parameter(torch.ones(2))
+    optimizer = flatmin.SAM(torch.optim.SGD([weights], lr=0.1), skip_nonfinite=False)
+    through_closure(optimizer, lambda: (weights * float("inf")).sum())
+    assert not weights.isfinite().any()
+    assert optimizer.diagnostics.num_skipped_steps == 0
+
+
+def test_a_non_finite_first_gradient_does_not_reach_the_running_statistics():
+    """Without model= nobody restores them, so the second pass must not run at weights that are not finite."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    optimizer = flatmin.SAM(_sgd(model))
+    _loss(model).backward()
+    model[0].weight.grad[0, 0] = float("inf")
+    optimizer.first_step(zero_grad=True)
+    _loss(model).backward()
+    optimizer.second_step()
+    assert everything(model).isfinite().all()
+    assert optimizer.diagnostics.num_skipped_steps == 1
+
+
+def test_a_fused_base_that_cannot_read_the_flag_is_skipped_by_the_host():
+    class Fused(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {"lr": 0.1, "fused": True})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for param in self.param_groups[0]["params"]:
+                param.sub_(param.grad)
+
+    weights = nn.Parameter(torch.ones(2))
+    optimizer = flatmin.SAM(Fused([weights]))
+    through_closure(optimizer, lambda: (weights * float("nan")).sum())
+    assert weights.tolist() == [1.0, 1.0]
+    assert optimizer.diagnostics.num_skipped_steps == 1
+
+
+def _constructible_bases():
+    takes_dense_closure_free = {"LBFGS", "SparseAdam", "Optimizer", "Adadelta", "Muon"}
+    return [
+        base
+        for name, base in inspect.getmembers(torch.optim, inspect.isclass)
+        if issubclass(base, torch.optim.Optimizer) and name not in takes_dense_closure_free
+    ]
+
+
+@pytest.mark.parametrize("base", _constructible_bases(), ids=lambda base: base.__name__)
+def test_rho_zero_is_every_base_of_torch(base):
+    model, plain = tiny_network(), tiny_network()
+    train(flatmin.SAM(base(model.parameters(), lr=0.01), 0.0, model=model), model)
+    train(base(plain.parameters(), lr=0.01), plain)
+    assert torch.equal(everything(model), everything(plain))
+
+
+def test_a_base_with_a_hyperparameter_of_our_name_is_refused():
+    with pytest.raises(ValueError, match="no hyperparameter named rho, which are ours, got Adadelta"):
+        flatmin.SAM(torch.optim.Adadelta(tiny_network().parameters()))
+
+
+def test_a_base_whose_zero_grad_is_its_own_works():
+    class Own(torch.optim.SGD):
+        def zero_grad(self):
+            for param in self.param_groups[0]["params"]:
+                param.grad = None
+
+    model, other = tiny_network(), tiny_network()
+    for door in (through_closure, through_two_steps, through_context):
+        train(flatmin.SAM(Own(model.parameters(), lr=0.1), model=model), model, range(3), door)
+        train(flatmin.SAM(torch.optim.SGD(other.parameters(), lr=0.1), model=other), other, range(3), door)
+    assert torch.equal(everything(model), everything(other))
+
+
+@pytest.mark.parametrize("method", [flatmin.SAM, flatmin.ASAM])
+def test_a_head_added_later_joins(method):
+    model = tiny_network()
+    optimizer = method(_sgd(model), model=model)
+    train(optimizer, model, range(1))
+    model.head = nn.Linear(3, 3)
+    optimizer.add_param_group({"params": list(model.head.parameters())})
+    before = model.head.weight.detach().clone()
+    through_closure(optimizer, lambda: model.head(model(batches()[0][0])).square().sum())
+    assert not torch.equal(model.head.weight, before)
+
+
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.0, float("inf")])
+def test_an_empty_parameter_is_left_alone(p):
+    weights, empty = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(0, 3))
+    optimizer = flatmin.SAM(torch.optim.SGD([empty, weights], lr=0.1), p=p)
+    through_closure(optimizer, lambda: weights.square().sum() + empty.sum())
+    assert (weights < 1).all()
+
+
+def test_a_compiled_model_and_a_copy_of_channels_last_weights_take_the_same_steps():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 4, 2))
+    other = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    images = torch.randn(4, 3, 4, 4)
+    for network in (model, other):
+        optimizer = flatmin.SAM(torch.optim.SGD(network.parameters(), lr=0.1), 0.5, model=network)
+        for _ in range(5):
+            through_closure(optimizer, lambda network=network: network(images).square().mean())
+    torch.testing.assert_close(everything(model), everything(other), rtol=1e-5, atol=1e-6)
+
+
+def test_flattened_rnn_weights_stay_flat():
+    model = nn.LSTM(4, 5)
+    optimizer = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    before = {param.untyped_storage().data_ptr() for param in model.parameters()}
+    through_closure(optimizer, lambda: model(torch.randn(3, 2, 4))[0].sum())
+    assert {param.untyped_storage().data_ptr() for param in model.parameters()} == before
+
+
+def test_a_buffer_that_the_first_pass_creates_is_created_again_by_the_second():
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+            self.register_buffer("scale", None)
+
+        def forward(self, inputs):
+            if self.scale is None:
+                self.scale = inputs.abs().amax()
+                inputs = inputs * 2
+            return (self.weight * inputs / self.scale).square().sum()
+
+    model, plain = Lazy(), Lazy()
+    inputs = torch.tensor([1.0, 2.0, 4.0])
+    through_closure(flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), 0.0, model=model), lambda: model(inputs))
+    through_closure(torch.optim.SGD(plain.parameters(), lr=0.1), lambda: plain(inputs))
+    assert torch.equal(everything(model), everything(plain))
+
+
+def test_the_hook_leaves_the_model_with_the_optimizer():
+    model = tiny_network()
+    optimizer = flatmin.SAM(_sgd(model), model=model)
+    assert len(model._forward_pre_hooks) == 1
+    del optimizer
+    assert not model._forward_pre_hooks
+
+
+def test_a_copy_does_not_drive_the_originals_scheduler():
+    model = tiny_network()
+    optimizer = flatmin.SAM(_sgd(model), model=model)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    model_copy, optimizer_copy = copy.deepcopy((model, optimizer))
+    train(optimizer_copy, model_copy, range(2))
+    assert optimizer.diagnostics.num_steps == 0
+    assert optimizer_copy.diagnostics.num_steps == 2
+
+
+def test_state_dict_hooks_run_once_on_a_copy():
+    model = tiny_network()
+    optimizer = copy.deepcopy(flatmin.SAM(_sgd(model), model=model))
+    calls = []
+    optimizer.register_state_dict_post_hook(lambda *_: calls.append("saved"))
+    optimizer.register_load_state_dict_pre_hook(lambda *_: calls.append("loading"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert calls == ["saved", "loading"]
+
+
+def test_step_hooks_of_the_older_constructor_run_once():
+    flatmin.SAM(_sgd(tiny_network()))
+    model = tiny_network()
+    optimizer = flatmin.compat.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    train(optimizer, model, range(2))
+    assert len(calls) == 2
+
+
+def test_a_radius_of_zero_does_not_count_as_perturbed():
+    model = tiny_network()
+    optimizer = flatmin.SAM(_sgd(model), 0.0, model=model, diagnostics=True)
+    train(optimizer, model, range(2))
+    optimizer.param_groups[0]["rho"] = 0.1
+    train(optimizer, model, range(2, 5))
+    assert (optimizer.diagnostics.num_steps, optimizer.diagnostics.num_perturbed_steps) == (5, 3)
+
+
+def test_diagnostics_of_a_zero_gradient_are_zero():
+    weights = nn.Parameter(torch.ones(2))
+    optimizer = flatmin.SAM(torch.optim.SGD([weights], lr=0.1), diagnostics=True)
+    through_closure(optimizer, lambda: 0 * weights.sum())
+    values = optimizer.diagnostics.as_dict()
+    assert (values["cosine"], values["perturbation_norm"], values["gradient_norm"]) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"rho": "0.1"}, TypeError, "rho must be a number, got '0.1'"),
+        ({"ascent_steps": 1.5}, ValueError, "ascent_steps must be an integer >= 1, got 1.5"),
+        (
+            {"ascent_steps": 2, "p": 3.0},
+            ValueError,
+            "ascent_steps must be 1 unless p is 2 or infinity, got 2 with p = 3",
+        ),
+    ],
+)
+def test_options_are_refused_by_name(arguments, error, message):
+    with pytest.raises(error, match=message):
+        flatmin.SAM(_sgd(tiny_network()), **arguments)
+
+
+def test_a_radius_scheduled_below_zero_is_refused():
+    model = tiny_network()
+    optimizer = flatmin.SAM(_sgd(model), model=model)
+    optimizer.param_groups[0]["rho"] = -0.1
+    with pytest.raises(ValueError, match=r"rho must be >= 0, got -0.1"):
+        train(optimizer, model, range(1))

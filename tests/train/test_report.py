@@ -1,0 +1,213 @@
+"""The report: intervals against tables of Student's distribution, and a page that needs nothing but itself."""
+
+import math
+import re
+from html.parser import HTMLParser
+from io import StringIO
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from flatmin.train.report import Comparison, Curve, LossPicture, MethodResult, render_page, render_table
+from flatmin.train.report.curves import draw_curves
+from flatmin.train.report.loss_pictures import draw_loss_contours
+from flatmin.train.report.statistics import estimate, estimate_curve
+from flatmin.train.report.svg import inline_svg, method_colour, report_style
+
+# 97.5 % points of Student's distribution from printed tables: degrees of freedom -> t.
+T_TABLE = {1: 12.706, 2: 4.303, 4: 2.776, 9: 2.262, 30: 2.042}
+POSITIONS = [-1.0, -0.5, 0.0, 0.5, 1.0]
+
+
+def method(name: str, rho: float | None, errors: list[float], depth: float) -> MethodResult:
+    picture = LossPicture(POSITIONS, [[depth * (x * x + y * y) for x in POSITIONS] for y in POSITIONS])
+    curves = {
+        "eval_error_percent": Curve([1, 2, 3], [[90.0, 50.0, error] for error in errors]),
+        "train_loss": Curve([1, 2, 3], [[2.0, 1.0, 0.1 + index] for index in range(len(errors))]),
+    }
+    rises = [0.2 + 0.1 * index for index in range(len(errors))]
+    return MethodResult(
+        name=name,
+        rho=rho,
+        eval_error_percents=errors,
+        train_losses=[0.1 + index for index in range(len(errors))],
+        rises=rises,
+        relative_step_time=1.0 if rho is None else 1.9,
+        curves=curves,
+        rise_curve=Curve([0.1, 0.2], [[rise / 2, rise] for rise in rises]),
+        picture=picture,
+    )
+
+
+def comparison(num_seeds: int = 3, name: str = "SAM") -> Comparison:
+    return Comparison(
+        recipe="digits",
+        task="digits with 40 % of the training labels wrong",
+        split="Test",
+        methods=[
+            method("SGD", None, [25.0, 26.0, 27.0][:num_seeds], depth=4.0),
+            method(name, 0.5, [3.0, 4.0, 5.0][:num_seeds], depth=1.0),
+        ],
+        seeds=list(range(num_seeds)),
+        rise_radius=0.2,
+        commands=["flatmin compare digits --note 'a < b'"],
+        config={"epochs": "3"},
+        versions={"torch": "2"},
+    )
+
+
+@pytest.fixture(scope="module")
+def page_text() -> str:
+    return render_page(comparison())
+
+
+class Page(HTMLParser):
+    """The parts of a page that the tests look at."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.cells: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.open.append(tag)
+        if tag in {"td", "th"}:
+            self.cells.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in {"meta", "br"}:
+            return
+        while self.open and self.open[-1] in {"meta", "br"}:
+            self.open.pop()
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.open and {"td", "th"} & set(self.open):
+            self.cells[-1] += data
+
+
+@pytest.mark.parametrize("degrees", T_TABLE)
+def test_half_width_is_students_t_over_root_n(degrees: int) -> None:
+    values = np.random.default_rng(degrees).normal(3.0, 2.0, size=degrees + 1)
+    result = estimate(values.tolist())
+    deviation = math.sqrt(sum((value - values.mean()) ** 2 for value in values) / degrees)
+    assert result.mean == pytest.approx(values.mean())
+    assert result.half_width == pytest.approx(T_TABLE[degrees] * deviation / math.sqrt(degrees + 1), rel=3e-4)
+
+
+def test_interval_covers_the_true_mean_in_95_percent_of_experiments() -> None:
+    experiments = np.random.default_rng(0).normal(size=(3, 20_000))
+    means, half_widths = estimate_curve(experiments.tolist())
+    assert np.mean(np.abs(means) < half_widths) == pytest.approx(0.95, abs=0.006)
+    assert np.mean(np.abs(means) < half_widths * 1.96 / 4.303) < 0.85  # control: the normal quantile is too narrow
+
+
+def test_single_value_has_no_interval() -> None:
+    result = estimate([7.25])
+    assert math.isnan(result.half_width)
+    assert result.text(1) == "7.2"
+    assert estimate([1.0, 3.0]).text(1) == "2.0 ± 12.7"
+
+
+def test_no_values_are_refused() -> None:
+    with pytest.raises(ValueError, match="values must hold at least one number, got none"):
+        estimate([])
+
+
+def test_table_shows_mean_and_interval_of_every_column() -> None:
+    console = Console(width=150, file=StringIO())
+    with console.capture() as capture:
+        console.print(render_table(comparison()))
+    lines = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in capture.get().splitlines()]
+    assert ["Method", "ρ", "Test error (%)", "Training loss", "Rise at w + ε, ‖ε‖ = 0.2", "Time / SGD"] in lines
+    assert ["SGD", "–", "26.0 ± 2.5", "1.100 ± 2.484", "0.300 ± 0.248", "1.00"] in lines
+    assert ["SAM", "0.5", "4.0 ± 2.5", "1.100 ± 2.484", "0.300 ± 0.248", "1.90"] in lines
+
+
+def test_page_holds_the_same_numbers_as_the_table(page_text: str) -> None:
+    cells = Page(page_text).cells
+    start = cells.index("SAM")
+    assert cells[start : start + 6] == ["SAM", "0.5", "4.0 ± 2.5", "1.100 ± 2.484", "0.300 ± 0.248", "1.90"]
+
+
+def test_page_needs_no_other_file_and_no_network(page_text: str) -> None:
+    page = Page(page_text)
+    assert not page.open, "every element is closed"
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "img", "object"}
+    for _, attributes in page.tags:
+        assert not {"src", "srcset", "data", "action"} & set(attributes)
+        for name in ("href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:image/png;base64,"))
+    addresses = set(re.findall(r"https?://[^\"'\s<)]+", page_text))
+    assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names, never fetched
+    assert "@import" not in page_text
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page_text))
+
+
+def test_ids_are_unique_and_references_lead_to_them(page_text: str) -> None:
+    ids = re.findall(r'\bid="([^"]+)"', page_text)
+    assert len(ids) == len(set(ids)) > 0
+    references = re.findall(r'(?:href="|url\()#([^")]+)', page_text)
+    assert references
+    assert set(references) <= set(ids)
+
+
+def test_text_of_users_is_escaped() -> None:
+    text = render_page(comparison(name="<b>SAM</b>"))
+    assert "<b>SAM" not in text
+    assert "--note 'a < b'" not in text
+    assert Page(text).cells.count("<b>SAM</b>") == 1
+
+
+def test_same_comparison_gives_the_same_page(page_text: str) -> None:
+    assert render_page(comparison()) == page_text
+    assert render_page(comparison(name="ASAM")) != page_text
+
+
+def test_one_seed_makes_a_page_without_bands() -> None:
+    text = render_page(comparison(num_seeds=1))
+    assert "nan" not in text.lower().split("<svg")[0]
+    assert "±" not in text
+    error, *_ = draw_curves(comparison(num_seeds=1)).axes
+    assert not error.collections
+
+
+def test_curves_are_means_with_bands_over_seeds() -> None:
+    error, _, rise = draw_curves(comparison()).axes
+    lines = {line.get_label(): np.asarray(line.get_xydata()) for line in error.lines}
+    np.testing.assert_allclose(lines["SGD"], [[1, 90], [2, 50], [3, 26]])
+    np.testing.assert_allclose(lines["SAM"], [[1, 90], [2, 50], [3, 4]])
+    band = error.collections[1].get_paths()[0].vertices
+    last = band[band[:, 0] == 3][:, 1]
+    assert (last.min(), last.max()) == pytest.approx((4 - 4.303 / 3**0.5, 4 + 4.303 / 3**0.5), rel=3e-4)
+    assert rise.lines[0].get_color() == error.lines[0].get_color() == method_colour(0)
+    assert error.lines[1].get_color() != method_colour(0)
+
+
+def test_loss_pictures_share_axes_and_colours() -> None:
+    first, second, _ = draw_loss_contours(comparison()).axes
+    filled = [axes.collections[0] for axes in (first, second)]
+    assert first.get_xlim() == second.get_xlim() == first.get_ylim() == (-1.0, 1.0)
+    assert filled[0].norm.vmin == filled[1].norm.vmin == 0.0
+    assert filled[0].norm.vmax == filled[1].norm.vmax == 8.0  # of the sharper one, in a corner
+    assert list(filled[0].levels) == list(filled[1].levels)
+
+
+def test_svg_takes_the_colour_and_the_font_of_its_text_from_the_page() -> None:
+    with report_style():
+        svg = inline_svg(draw_curves(comparison()), "curves", "a description")
+    root = ElementTree.fromstring(svg)
+    assert root.attrib["aria-label"] == "a description"
+    texts = [element for element in root.iter() if element.tag.endswith("}text")]
+    assert texts
+    assert all("currentColor" in element.attrib["style"] for element in texts)
+    assert not any("font-family" in element.attrib["style"] for element in texts)

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
-from flatmin.optim.perturbation import _perturb_at_once_, _perturb_in_runs_, assign_
+import flatmin
+from flatmin.optim.perturbation import _perturb_at_once_, _perturb_on_cpu_
 
 
 def _case(dtype):
@@ -14,7 +16,7 @@ def _case(dtype):
     return params, tensors, [small, large, small]
 
 
-@pytest.mark.parametrize("perturb_", [_perturb_in_runs_, _perturb_at_once_])
+@pytest.mark.parametrize("perturb_", [_perturb_on_cpu_, _perturb_at_once_])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_both_forms_add_in_wide_precision_and_return_the_values_of_before(perturb_, dtype):
     params, tensors, scales = _case(dtype)
@@ -27,7 +29,7 @@ def test_both_forms_add_in_wide_precision_and_return_the_values_of_before(pertur
     ulps = {torch.float64: 4e-16, torch.float32: 4e-7}.get(dtype, 0.0)  # whether the product is rounded on its own
     torch.testing.assert_close(params, expected, rtol=0.0, atol=ulps)
     assert not torch.equal(params[0], before[0])
-    assign_(params, saved)
+    saved.restore_()
     assert all(torch.equal(x, y) for x, y in zip(params, before, strict=True))
 
 
@@ -35,6 +37,74 @@ def test_adding_and_subtracting_again_would_not_be_exact():
     """The control of the exact restore: the cheaper way, which several ports take, drifts."""
     params, tensors, scales = _case(torch.float32)
     before = params[0].clone()
-    _perturb_in_runs_(params, tensors, scales)
+    _perturb_on_cpu_(params, tensors, scales)
     params[0].sub_(tensors[0] * scales[0])
     assert not torch.equal(params[0], before)
+
+
+NUM_LARGE = (1 << 20) + 5
+
+
+def _large_case(channels_last=False):
+    shape = (8, 8, 1, NUM_LARGE // 64 + 1) if channels_last else (NUM_LARGE,)
+    weights = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    if channels_last:
+        weights.data = weights.data.to(memory_format=torch.channels_last)
+    weights.grad = torch.randn_like(weights)
+    return weights, flatmin.SAM(torch.optim.SGD([weights], lr=0.1), rho=50.0)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_memory_of_a_large_gradient_that_no_one_holds_keeps_the_weights(channels_last):
+    weights, optimizer = _large_case(channels_last)
+    before, address = weights.detach().clone(), weights.grad.data_ptr()
+    expected = before + 50.0 * weights.grad / weights.grad.norm()
+    optimizer.first_step(zero_grad=True)
+    assert [value.data_ptr() for value in optimizer._visit.saved.values] == [address]
+    torch.testing.assert_close(weights.detach(), expected, rtol=1e-4, atol=1e-5)
+    optimizer.restore()
+    assert torch.equal(weights, before)
+
+
+@pytest.mark.parametrize("holder", ["the tensor", "a view", "an alias", "the parameter", "a bucket", "a diagnosis"])
+def test_a_gradient_that_someone_holds_is_not_written_into(holder):
+    weights, optimizer = _large_case()
+    if holder == "a bucket":
+        bucket = torch.randn(NUM_LARGE + 7)
+        weights.grad = bucket[:NUM_LARGE]
+        held = bucket
+    else:
+        holders = {"the tensor": weights.grad, "a view": weights.grad.view(-1), "an alias": weights.grad.detach()}
+        held = holders.get(holder)
+        del holders
+    if holder == "a diagnosis":
+        optimizer = flatmin.SAM(torch.optim.SGD([weights], lr=0.1), diagnostics=True)
+    gradient = weights.grad.clone()
+    before = weights.detach().clone()
+    optimizer.first_step(zero_grad=holder != "the parameter")
+    if holder == "a diagnosis":
+        held = optimizer._progress.clean[weights]
+    if holder == "the parameter":
+        held = weights.grad
+    assert torch.equal(held[:NUM_LARGE], gradient)
+    assert not torch.equal(weights, before)
+    optimizer.restore()
+    assert torch.equal(weights, before)
+
+
+def test_a_direction_that_keeps_its_tensors_finds_them_unchanged():
+    class Kept:
+        def __init__(self):
+            self.kept = None
+
+        def __call__(self, groups):
+            if self.kept is None:
+                self.kept = [grad.clone() for group in groups for grad in group.grads]
+            return list(self.kept)
+
+    weights, _ = _large_case()
+    direction = Kept()
+    gradient = weights.grad.clone()
+    optimizer = flatmin.SharpnessAware(torch.optim.SGD([weights], lr=0.1), 50.0, direction=direction)
+    optimizer.first_step(zero_grad=True)
+    assert torch.equal(direction.kept[0], gradient)

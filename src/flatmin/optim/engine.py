@@ -177,10 +177,6 @@ class SharpnessAware(Wrapper):
         if self._progress.num_ascents == 0:
             self._begin()
         self._ascend(keeps_grads=not zero_grad)
-        if zero_grad:
-            self._clear_gradients()
-        else:
-            mark_used(self._params())
 
     def second_step(self, zero_grad: bool = False) -> None:
         """After a backward pass at w + eps: restore w, and take the base optimizer's step.
@@ -282,8 +278,7 @@ class SharpnessAware(Wrapper):
             self._clear_gradients()
             loss = last_loss = closure()
             for _ in range(self.ascent_steps if self._progress.is_perturbed else 0):
-                self._ascend()
-                self._clear_gradients()
+                self._ascend(keeps_grads=False)
                 last_loss = closure()
             self._descend()
         except BaseException:
@@ -299,7 +294,7 @@ class SharpnessAware(Wrapper):
         self._progress.is_perturbed = self.when(self.param_groups[0]["num_steps"])
         self.diagnostics.begin_step()
 
-    def _ascend(self, keeps_grads: bool = False) -> None:
+    def _ascend(self, keeps_grads: bool) -> None:
         """From the gradient of a pass: climb, and make ready for the next pass."""
         self._require_backward()
         progress = self._progress
@@ -310,6 +305,10 @@ class SharpnessAware(Wrapper):
                 for group in groups
                 for owner, grad in zip(group.owners, group.grads, strict=True)
             }
+        if keeps_grads:
+            mark_used(self._params())
+        else:
+            self._clear_gradients()
         if progress.is_perturbed:
             is_last = progress.num_ascents + 1 == self.ascent_steps
             progress.finite.append(self._visit.ascend(groups, self.direction(groups), self.ball, is_last))

@@ -6,7 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_ROW = 4096  # entries summed one after the other on a CPU; 36 million at once lose 0.2 % in float32, rows lose 1e-8
+# A CPU sums the entries of a tensor one after another in float32: 36 million lose 0.2 % of the norm, 65536 lose 2e-7,
+# rows of 4096 lose 2e-9 and cost as little.
+_AT_ONCE = 65536
+_ROW = 4096
+_BATCH = 64  # tensors shorter than a row that are copied into one, which is cheaper than a norm of each
 
 
 def joint_norm(tensors: Sequence[Tensor], p: float = 2.0) -> Tensor:
@@ -21,10 +25,19 @@ def joint_norm(tensors: Sequence[Tensor], p: float = 2.0) -> Tensor:
     """
     device = tensors[0].device
     wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-    long = [tensor for tensor in tensors if tensor.numel() > _ROW and tensor.device.type == "cpu"]
-    short = [tensor for tensor in tensors if tensor.numel() <= _ROW or tensor.device.type != "cpu"]
+    small: list[Tensor] = []
+    medium: list[Tensor] = []
+    long: list[Tensor] = []
+    for tensor in tensors:
+        if not tensor.is_cpu or _ROW < tensor.numel() <= _AT_ONCE:
+            medium.append(tensor)
+        else:
+            (small if tensor.numel() <= _ROW else long).append(tensor)
+    for start in range(0, len(small), _BATCH):
+        vectors = [tensor if tensor.dim() == 1 else tensor.reshape(-1) for tensor in small[start : start + _BATCH]]
+        long.append(torch.cat(vectors))
     pieces = [norm for tensor in long for norm in _row_norms(tensor, p, wide)]
-    for part in _by_device(short):
+    for part in _by_device(medium):
         pieces.append(torch.stack(torch._foreach_norm(part, p, wide)))
     length: Tensor = torch.linalg.vector_norm(torch.cat([piece.to(device) for piece in pieces]), p)
     return length
@@ -54,6 +67,8 @@ def dual_order(p: float) -> float:
 
 
 def _row_norms(tensor: Tensor, p: float, dtype: torch.dtype) -> list[Tensor]:
+    if 256 <= tensor.numel() // len(tensor) <= _AT_ONCE:  # the tensor's own rows, such as the filters of a convolution
+        return [torch.linalg.vector_norm(tensor, p, dim=tuple(range(1, tensor.dim())), dtype=dtype)]
     flat = _in_memory_order(tensor)
     cut = flat.numel() // _ROW * _ROW
     rows = [torch.linalg.vector_norm(flat[:cut].view(-1, _ROW), p, dim=1, dtype=dtype)]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flatmin.optim.balls import Ball, UnitStep
 from flatmin.optim.groups import ActiveGroup
-from flatmin.optim.perturbation import assign_, perturb_
+from flatmin.optim.perturbation import Saved, perturb_
 
 
 @dataclass
@@ -18,14 +18,14 @@ class Visit:
         num_ascents: Ascent steps made so far; 0 at home.
         owners: The parameters that take part.
         params: The same as real tensors.
-        values: Their values at w, empty at home and where a visit moves nothing.
+        saved: Their values at w; ``None`` at home and where a visit moves nothing.
         scaling: The metric's T at w, until the last ascent.
     """
 
     num_ascents: int = 0
     owners: list[Tensor] = field(default_factory=list)
     params: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
+    saved: Saved | None = None
     scaling: list[Tensor] | None = None
 
     def ascend(self, groups: list[ActiveGroup], direction: list[Tensor], ball: Ball, is_last: bool) -> Tensor:
@@ -44,7 +44,7 @@ class Visit:
             RuntimeError: Other parameters have a gradient than at the first ascent.
         """
         owners = [owner for group in groups for owner in group.owners]
-        radii = [group.radius for group in groups for _ in group.owners]
+        radii = [radius for group in groups for radius in [group.radius] * len(group.owners)]
         if self.num_ascents == 0:
             self.owners = owners
             self.params = [param for group in groups for param in group.params]
@@ -54,36 +54,41 @@ class Visit:
         unit = ball.farthest(direction, self.scaling)
         self.num_ascents += 1
         if unit.is_finite.device.type != "cpu" or unit.is_finite:  # 0 * inf would be NaN; an accelerator cannot say
-            self._move(unit, radii, ball)
+            self._move(unit, radii, ball, {id(grad) for group in groups for grad in group.grads})
         if is_last:
             self.scaling = None
         return unit.is_finite
 
     def go_home(self) -> None:
         """Put the exact values back, and free the copies."""
-        assign_(self.params[: len(self.values)], self.values)
+        if self.saved is not None:
+            self.saved.restore_()
         self.num_ascents = 0
-        self.owners, self.params, self.values, self.scaling = [], [], [], None
+        self.owners, self.params, self.saved, self.scaling = [], [], None, None
 
     def perturbation(self) -> list[Tensor]:
-        """The perturbation as realised: the difference of the present values and those at w."""
-        return [param - value for param, value in zip(self.params, self.values, strict=False)]
+        """The perturbation as realised, entry by entry in some order; empty where nothing was moved."""
+        return [] if self.saved is None else self.saved.difference()
 
-    def _move(self, unit: UnitStep, radii: list[float], ball: Ball) -> None:
+    def _move(self, unit: UnitStep, radii: list[float], ball: Ball, spent: set[int]) -> None:
         scales = _scales(unit.scale, radii, self.params)
-        if not self.values:
-            self.values = perturb_(self.params, unit.tensors, scales)
+        if self.saved is None:
+            self.saved = perturb_(self.params, unit.tensors, scales, spent)
             return
+        reached = [param.clone() for param in self.params]
+        self.saved.restore_()
         onward = [
-            eps + tensor * scale for eps, tensor, scale in zip(self.perturbation(), unit.tensors, scales, strict=True)
+            point - param + tensor * scale
+            for point, param, tensor, scale in zip(reached, self.params, unit.tensors, scales, strict=True)
         ]
-        assign_(self.params, self.values)
         inside = ball.project(onward, radii, self.scaling)
-        perturb_(self.params, inside, [scale.new_ones(()) for scale in scales])
+        self.saved = perturb_(self.params, inside, [scale.new_ones(()) for scale in scales])
 
 
 def _scales(unit: Tensor, radii: list[float], params: list[Tensor]) -> list[Tensor]:
     """``rho * unit`` for each parameter on its device; parameters that agree share one tensor."""
+    if len(set(radii)) == 1 and len({param.device for param in params}) == 1:
+        return [(unit * radii[0]).to(params[0].device)] * len(params)
     made: dict[tuple[float, torch.device], Tensor] = {}
     scales = []
     for radius, param in zip(radii, params, strict=True):

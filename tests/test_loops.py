@@ -70,8 +70,10 @@ def test_a_model_that_the_first_pass_did_not_call_is_an_error():
     model, other = tiny_network(), tiny_network()
     optimizer = flatmin.SAM(_sgd(model), model=other)
     _loss(model).backward()
+    weights = model.last.weight.detach().clone()
     with pytest.raises(RuntimeError, match="did not call the module given as model="):
         optimizer.first_step()
+    assert torch.equal(model.last.weight, weights)
 
 
 def test_a_second_pass_that_draws_fewer_numbers_leaves_the_generator_where_the_first_did():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import flatmin
-from flatmin.optim.perturbation import _perturb_at_once_, _perturb_on_cpu_
+from flatmin.optim.perturbation import Saved, _perturb_at_once_, _perturb_on_cpu_, perturb_
 
 
 def _case(dtype):
@@ -16,16 +16,17 @@ def _case(dtype):
     return params, tensors, [small, large, small]
 
 
-@pytest.mark.parametrize("perturb_", [_perturb_on_cpu_, _perturb_at_once_])
+@pytest.mark.parametrize("form", [_perturb_on_cpu_, _perturb_at_once_])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_both_forms_add_in_wide_precision_and_return_the_values_of_before(perturb_, dtype):
+def test_both_forms_add_in_wide_precision_and_return_the_values_of_before(form, dtype):
     params, tensors, scales = _case(dtype)
     before = [param.clone() for param in params]
     wide = torch.promote_types(dtype, torch.float32)
     expected = [
         (w.to(wide) + s.to(wide) * t.to(wide)).to(dtype) for w, t, s in zip(params, tensors, scales, strict=True)
     ]
-    saved = perturb_(params, tensors, scales)
+    saved = Saved([], [])
+    form(saved, params, tensors, scales)
     ulps = {torch.float64: 4e-16, torch.float32: 4e-7}.get(dtype, 0.0)  # whether the product is rounded on its own
     torch.testing.assert_close(params, expected, rtol=0.0, atol=ulps)
     assert not torch.equal(params[0], before[0])
@@ -37,9 +38,20 @@ def test_adding_and_subtracting_again_would_not_be_exact():
     """The control of the exact restore: the cheaper way, which several ports take, drifts."""
     params, tensors, scales = _case(torch.float32)
     before = params[0].clone()
-    _perturb_on_cpu_(params, tensors, scales)
+    _perturb_on_cpu_(Saved([], []), params, tensors, scales)
     params[0].sub_(tensors[0] * scales[0])
     assert not torch.equal(params[0], before)
+
+
+def test_an_addition_that_fails_half_way_leaves_the_parameters_as_they_were():
+    params, tensors, scales = _case(torch.float32)
+    params[0] = torch.cat([params[0]] * 10)  # too large to wait for the batch of small ones
+    tensors[0] = torch.cat([tensors[0]] * 10)
+    before = [param.clone() for param in params]
+    tensors[1] = torch.ones(8)  # does not fit its parameter
+    with pytest.raises(RuntimeError, match="size"):
+        perturb_(params, tensors, scales)
+    assert all(torch.equal(x, y) for x, y in zip(params, before, strict=True))
 
 
 NUM_LARGE = (1 << 20) + 5

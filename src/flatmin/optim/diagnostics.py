@@ -44,6 +44,11 @@ class Diagnostics:
         self.loss = self.loss_rise = self.cosine = None
         self.gradient_norm = self.perturbed_gradient_norm = self.perturbation_norm = None
 
+    def measure_losses(self, loss: Tensor, perturbed_loss: Tensor | None) -> None:
+        """Take the loss at w, and its rise where a second pass was run."""
+        self.loss = loss
+        self.loss_rise = None if perturbed_loss is None else perturbed_loss - loss
+
     def measure_perturbation(self, perturbation: Sequence[Tensor]) -> None:
         """Take the length of eps; nothing was moved where it is empty."""
         self.perturbation_norm = joint_norm(perturbation) if perturbation else torch.zeros(())

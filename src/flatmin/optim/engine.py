@@ -176,7 +176,11 @@ class SharpnessAware(Wrapper):
         )
         if self._progress.num_ascents == 0:
             self._begin()
-        self._ascend(keeps_grads=not zero_grad)
+        try:
+            self._ascend(keeps_grads=not zero_grad)
+        except BaseException:
+            self.restore()
+            raise
 
     def second_step(self, zero_grad: bool = False) -> None:
         """After a backward pass at w + eps: restore w, and take the base optimizer's step.
@@ -285,8 +289,7 @@ class SharpnessAware(Wrapper):
             self.restore()
             raise
         if isinstance(loss, Tensor) and isinstance(last_loss, Tensor):
-            self.diagnostics.loss = loss.detach()
-            self.diagnostics.loss_rise = last_loss.detach() - loss.detach()
+            self.diagnostics.measure_losses(loss.detach(), last_loss.detach() if self._progress.is_perturbed else None)
         self._step_base()
         return loss
 
@@ -379,14 +382,12 @@ class SharpnessAware(Wrapper):
             param.grad = None
 
     def _require_home(self, call: str) -> None:
-        _require(
-            self._progress.num_ascents == 0,
-            f"{call}() must not be called between first_step() and second_step(): finish the step, or restore()",
-        )
+        message = f"{call}() must not be called between first_step() and second_step(): finish the step, or restore()"
+        _require(self._progress.num_ascents == 0, message)
 
     def _require_backward(self) -> None:
         if not has_fresh_gradient(self._params()):
-            self.restore()
+            self.restore()  # also between the two steps, where the caller may go on after the error
             raise RuntimeError(
                 "no parameter has a new gradient: backward() must run before the first step, again at w + eps, "
                 "and inside a closure; and some parameter must require a gradient"

@@ -26,9 +26,15 @@ class Saved:
     targets: list[Tensor]
     values: list[Tensor]
 
+    def add(self, target: Tensor, value: Tensor) -> None:
+        """Remember one value."""
+        self.targets.append(target)
+        self.values.append(value)
+
     def restore_(self) -> None:
         """Copy the values into the parameters' own storage."""
-        torch._foreach_copy_(self.targets, self.values)
+        if self.targets:
+            torch._foreach_copy_(self.targets, self.values)
 
     def difference(self) -> list[Tensor]:
         """What the targets have moved by."""
@@ -52,35 +58,44 @@ def perturb_(
     Returns:
         The values of before; adding and subtracting again would not be exact.
     """
-    if params[0].is_cpu:
-        return _perturb_on_cpu_(params, tensors, scales, spent)
-    return _perturb_at_once_(params, tensors, scales)
+    saved = Saved([], [])
+    try:
+        if params[0].is_cpu:
+            _perturb_on_cpu_(saved, params, tensors, scales, spent)
+        else:
+            _perturb_at_once_(saved, params, tensors, scales)
+    except BaseException:  # out of memory half-way, say
+        saved.restore_()
+        raise
+    return saved
 
 
 def _perturb_on_cpu_(
-    params: Sequence[Tensor], tensors: list[Tensor], scales: Sequence[Tensor], spent: Collection[int] = ()
-) -> Saved:
+    saved: Saved,
+    params: Sequence[Tensor],
+    tensors: list[Tensor],
+    scales: Sequence[Tensor],
+    spent: Collection[int] = (),
+) -> None:
     """Small parameters in one batch; each other one alone, saved and moved while it is in the cache."""
     small: list[int] = []
-    targets, values = [], []
     for index, param in enumerate(params):
         if param.numel() <= _SMALL and param.is_contiguous() and param.dtype not in _NARROW:
             small.append(index)
             continue
-        targets.append(param)
         large = param.numel() >= _LARGE
         if large and id(tensors[index]) in spent and _same_layout(param, tensors[index]) and _is_free(tensors, index):
-            values.append(_swap_(param, tensors[index], scales[index]))
+            saved.add(param, _swap_(param, tensors[index], scales[index]))
         else:
-            values.append(param.clone())
+            saved.add(param, param.clone())
             _add_scaled_(param, tensors[index], scales[index])
+    flat = [params[i] if params[i].dim() == 1 else params[i].view(-1) for i in small]
+    for start in range(0, len(flat), _BATCH):
+        batch = flat[start : start + _BATCH]
+        saved.targets.extend(batch)
+        saved.values.extend(_copies(batch))
     if small:
-        flat = [params[i] if params[i].dim() == 1 else params[i].view(-1) for i in small]
-        targets.extend(flat)
-        for start in range(0, len(flat), _BATCH):
-            values.extend(_copies(flat[start : start + _BATCH]))
         torch._foreach_addcmul_([params[i] for i in small], [tensors[i] for i in small], [scales[i] for i in small])
-    return Saved(targets, values)
 
 
 def _copies(vectors: list[Tensor]) -> tuple[Tensor, ...]:
@@ -120,10 +135,14 @@ def _is_free(grads: list[Tensor], index: int) -> bool:
     return num_references <= 3 and grads[index]._use_count() == 1 and num_storage_users <= 2
 
 
-def _perturb_at_once_(params: Sequence[Tensor], tensors: Sequence[Tensor], scales: Sequence[Tensor]) -> Saved:
+def _perturb_at_once_(
+    saved: Saved, params: Sequence[Tensor], tensors: Sequence[Tensor], scales: Sequence[Tensor]
+) -> None:
     """The same in a constant number of kernels for each device, dtype and scale."""
-    saved = [torch.empty_like(param) for param in params]
-    torch._foreach_copy_(saved, list(params))
+    values = [torch.empty_like(param) for param in params]
+    torch._foreach_copy_(values, list(params))
+    saved.targets.extend(params)
+    saved.values.extend(values)
     kinds: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
     for index, (param, scale) in enumerate(zip(params, scales, strict=True)):
         kinds.setdefault((param.device, param.dtype, id(scale)), []).append(index)
@@ -137,4 +156,3 @@ def _perturb_at_once_(params: Sequence[Tensor], tensors: Sequence[Tensor], scale
         else:
             torch._foreach_add_(steps, [param.to(wide) for param in part])
             torch._foreach_copy_(part, steps)
-    return Saved(list(params), saved)

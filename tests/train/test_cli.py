@@ -214,3 +214,50 @@ def test_interruption_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monk
     monkeypatch.setattr(commands, "train", interrupted)
     assert main(["train"]) == 130
     assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_the_recipe_is_no_flag(command, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([command, "--recipe", "cifar10", "--max-steps", "1"])
+    assert "--recipe" in "".join(capsys.readouterr())
+
+
+def test_a_damaged_data_file_ends_in_one_line(tmp_path, capsys):
+    (tmp_path / "cifar10.safetensors").write_bytes(b"not one")
+    flags = [
+        "--data-dir",
+        str(tmp_path),
+        "--output-dir",
+        str(tmp_path / "run"),
+        "--model",
+        "resnet-8",
+        "--threads",
+        "1",
+    ]
+    assert main(["train", "cifar10", "--accelerator", "cpu", *flags]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert "cifar10.safetensors" in lines[0]
+    # a run that never started has not claimed its directory
+    assert main(["train", "digits", "--max-steps", "1", "--output-dir", str(tmp_path / "run"), "--threads", "1"]) == 0
+
+
+@pytest.mark.parametrize("text", ["emaa: 1.0\n", "- not a mapping\n", "{"])
+def test_a_damaged_configuration_ends_in_one_line(tmp_path, capsys, text):
+    (tmp_path / "config.yaml").write_text(text)
+    assert main(["evaluate", str(tmp_path)]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert "config.yaml" in lines[0]
+
+
+def test_a_radius_that_makes_the_second_pass_overflow_ends_in_one_line(tmp_path, capsys):
+    flags = ["--rho", "1e30", "--max-steps", "3", "--threads", "1", "--output-dir", str(tmp_path)]
+    assert main(["train", "digits", *flags]) == 1
+    assert "the loss at w + eps was not finite" in capsys.readouterr().err
+
+
+def test_compare_refuses_several_devices(capsys):
+    assert main(["compare", "--devices", "2"]) == 2
+    assert "one device" in capsys.readouterr().err

@@ -16,6 +16,7 @@ import torch
 from flatmin.train import loop
 from flatmin.train.checkpoint import checkpoint_paths, load_newest_checkpoint
 from flatmin.train.config import TrainConfig
+from flatmin.train.config_file import config_to_yaml
 from flatmin.train.errors import TrainingError
 from flatmin.train.loop import train
 from flatmin.train.run import locked
@@ -127,12 +128,9 @@ def test_run_without_its_generator_reset_is_told_apart(
 
 def test_process_killed_at_a_random_moment_goes_on_to_the_same_numbers(config: TrainConfig, tmp_path: Path) -> None:
     config = replace(config, epochs=4, batch_size=128)
-    flags = {
-        **{"model": config.model, "dropout": 0.2, "augmentation": "basic", "ema-decay": 0.8, "label-noise": 0.2},
-        **{"gradient-clipping": 1.0, "epochs": 4, "batch-size": 128, "rho": 0.2, "accelerator": "cpu", "threads": 1},
-        **{"checkpoint-seconds": 0, "output-dir": config.run_dir, "recipe": "custom"},
-    }
-    command = [sys.executable, "-m", "flatmin", "train", *(f"--{name}={value}" for name, value in flags.items())]
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(config_to_yaml(replace(config, checkpoint_seconds=0.0)))
+    command = [sys.executable, "-m", "flatmin", "train", "--config", str(settings)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         wait_for(lambda: len(checkpoint_paths(config.run_dir)) > 0 or process.poll() is not None)

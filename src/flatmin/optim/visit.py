@@ -87,7 +87,7 @@ class Visit:
 
 def _scales(unit: Tensor, radii: list[float], params: list[Tensor]) -> list[Tensor]:
     """``rho * unit`` for each parameter on its device; parameters that agree share one tensor."""
-    if len(set(radii)) == 1 and len({param.device for param in params}) == 1:
+    if len(set(radii)) == 1 and len({param.get_device() for param in params}) == 1:
         return [(unit * radii[0]).to(params[0].device)] * len(params)
     made: dict[tuple[float, torch.device], Tensor] = {}
     scales = []

@@ -14,10 +14,9 @@ from rich.table import Table
 from flatmin.train.arguments import config_from_arguments
 from flatmin.train.config import Accelerator
 from flatmin.train.config_file import config_to_yaml
-from flatmin.train.data import load_images
 from flatmin.train.evaluate import evaluate
 from flatmin.train.launch import make_fabric
-from flatmin.train.loaders import Split, eval_loader
+from flatmin.train.loaders import Split, eval_loader, read_images
 from flatmin.train.loop import train
 from flatmin.train.recipes import RECIPES, recipe_card
 from flatmin.train.trained import load_run
@@ -61,11 +60,11 @@ def evaluate_command(arguments: list[str]) -> None:
     """``flatmin evaluate RUN [--split SPLIT]``: load the newest checkpoint and print a table."""
     asked = tyro.cli(EvaluateArguments, prog="flatmin evaluate", args=arguments)
     config, model, step = load_run(asked.run)
-    data_dir = asked.data_dir or config.data_dir
+    config = replace(config, data_dir=asked.data_dir or config.data_dir)
     fabric = make_fabric(
         replace(config, accelerator=asked.accelerator, threads=asked.threads, devices="1", num_nodes=1, strategy="auto")
     )
-    batches = eval_loader(config, fabric, load_images(config.dataset, data_dir), asked.split)
+    batches = eval_loader(config, fabric, read_images(config), asked.split)
     evaluation = evaluate(fabric, fabric.setup_module(model), batches)
     table = Table("split", "images", "loss", "error", title=f"{asked.run} after {step} steps")
     table.add_row(

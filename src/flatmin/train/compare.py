@@ -38,8 +38,9 @@ OWN_FLAGS = {"--method": "--methods", "--rho": "--radius", "--seed": "--seeds", 
 class CompareArguments:
     """Train the same network from the same start with several methods; print a table and write report.html.
 
-    A recipe may come first (default: digits). Any field of flatmin train may follow as a flag, such as --epochs 20, and
-    holds for every run. A comparison that is interrupted goes on where it stopped when it is started again.
+    A recipe may come first (default: digits). Any flag that flatmin train RECIPE --help lists may follow, such as
+    --epochs 20, and holds for every run. A comparison that is interrupted goes on where it stopped when it is started
+    again.
     """
 
     methods: tuple[Method, ...] = ("sgd", "sam", "asam")
@@ -69,6 +70,8 @@ def compare_command(arguments: list[str]) -> None:
             raise UsageError(f"compare sets {flag} for each run: use {OWN_FLAGS[flag.split('=')[0]]}")
     radii = parsed_radii(own)
     configs = [config_from_arguments([*recipe, "--method", method, *fields], "compare") for method in own.methods]
+    if (configs[0].devices, configs[0].num_nodes, configs[0].strategy) != ("1", 1, "auto"):
+        raise UsageError("compare trains each network on one device: leave out devices, num_nodes and strategy")
     configs = [replace(config, rho=radii.get(config.method, config.rho)) for config in configs]
     if not on_gpu(configs[0]):
         configs = [replace(config, threads=config.threads or 1) for config in configs]
@@ -90,7 +93,8 @@ def on_gpu(config: TrainConfig) -> bool:
 def train_arguments(config: TrainConfig, fields: Sequence[str]) -> list[str]:
     """Return the arguments of ``flatmin`` that repeat one run of the comparison."""
     chosen = ["--method", config.method, "--rho", f"{config.rho:g}", "--seed", "0"]
-    threads = ["--threads", str(config.threads)] if config.threads and "--threads" not in fields else []
+    is_given = any(flag.split("=")[0] == "--threads" for flag in fields)
+    threads = ["--threads", str(config.threads)] if config.threads and not is_given else []
     return ["train", config.recipe, *chosen, *fields, *threads]
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
+import tyro
+
 from flatmin.train.data import AugmentationName, DatasetName
 from flatmin.train.models import Shortcut, check_model_name
 
@@ -30,7 +32,7 @@ class TrainConfig:
     rule and the value.
     """
 
-    recipe: str = "custom"
+    recipe: tyro.conf.Suppress[str] = "custom"
     """Name of the recipe that these settings were derived from."""
     dataset: DatasetName = "digits"
     """Data set to train on."""

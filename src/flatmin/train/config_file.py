@@ -10,14 +10,27 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from flatmin.train.config import TrainConfig
+from flatmin.train.errors import TrainingError
 
-__all__ = ["config_to_yaml", "load_config"]
+__all__ = ["config_to_yaml", "load_config", "load_run_config"]
 
 
 def config_to_yaml(config: TrainConfig) -> str:
     """Write every field of ``config``, one a line, in the order of the dataclass."""
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
     return yaml.safe_dump(plain, sort_keys=False)
+
+
+def load_run_config(path: Path) -> TrainConfig:
+    """Read the configuration that a run has saved.
+
+    Raises:
+        TrainingError: If it is damaged, or another version of the package wrote fields that this one does not know.
+    """
+    try:
+        return load_config(path)
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
 
 
 def load_config(path: Path) -> TrainConfig:

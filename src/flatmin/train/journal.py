@@ -42,6 +42,8 @@ class Journal:
             if self._wandb is not None:
                 opened.callback(self._wandb.finish)
             self._metrics = opened.enter_context((directory / "metrics.jsonl").open("ab"))
+            if self._metrics.seek(0, os.SEEK_END) < metrics_bytes:
+                raise TrainingError(f"{self._metrics.name} is shorter than the checkpoint says: it was changed")
             self._metrics.truncate(metrics_bytes)
             self._timing = opened.enter_context((directory / "timing.jsonl").open("a"))
             self._events = SummaryWriter(str(directory), purge_step=first_step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
@@ -15,16 +17,20 @@ __all__ = ["forward", "make_fabric"]
 def make_fabric(config: TrainConfig) -> Fabric:
     """Choose devices, precision and strategy; ``launch()`` then starts the other processes, if any.
 
-    Under ``torchrun`` the processes are there already, and Fabric finds them in the environment.
+    Under ``torchrun`` the processes are there already; their number is taken from it unless the configuration says one.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    several = config.devices != "1" or config.num_nodes > 1
+    devices, num_nodes = _parsed_devices(config.devices), config.num_nodes
+    if torch.distributed.is_torchelastic_launched() and (devices, num_nodes) == (1, 1):
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        num_nodes = int(os.environ["WORLD_SIZE"]) // devices
+    several = devices != 1 or num_nodes > 1
     strategy: str | Strategy = DDPStrategy() if config.strategy == "ddp" or several else "auto"
     return Fabric(
         accelerator=config.accelerator,
-        devices=_parsed_devices(config.devices),
-        num_nodes=config.num_nodes,
+        devices=devices,
+        num_nodes=num_nodes,
         strategy=strategy,
         precision=config.precision,
     )

@@ -20,7 +20,7 @@ from flatmin.train.data import (
 )
 from flatmin.train.errors import TrainingError
 
-__all__ = ["Loaders", "Split", "eval_loader", "images_of_split", "make_loaders"]
+__all__ = ["Loaders", "Split", "eval_loader", "images_of_split", "make_loaders", "read_images"]
 
 Split = Literal["train", "validation", "test"]
 
@@ -41,7 +41,7 @@ def make_loaders(config: TrainConfig, fabric: Fabric) -> Loaders:
         TrainingError: If the batch size does not suit the images or the number of replicas.
     """
     with fabric.rank_zero_first():
-        image_set = load_images(config.dataset, config.data_dir)
+        image_set = read_images(config)
     images, labels = images_of_split(config, image_set, "train")
     try:
         train = TrainLoader(
@@ -57,6 +57,19 @@ def make_loaders(config: TrainConfig, fabric: Fabric) -> Loaders:
     except ValueError as error:
         raise TrainingError(str(error)) from error
     return Loaders(train, eval_loader(config, fabric, image_set, config.eval_on))
+
+
+def read_images(config: TrainConfig) -> ImageSet:
+    """Load the data set.
+
+    Raises:
+        TrainingError: If its file is damaged.
+        FileNotFoundError: If it is not there and cannot be downloaded.
+    """
+    try:
+        return load_images(config.dataset, config.data_dir)
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
 
 
 def eval_loader(config: TrainConfig, fabric: Fabric, image_set: ImageSet, split: Split) -> EvalLoader:

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from flatmin.train.checkpoint import atomic_write
+from flatmin.train.checkpoint import atomic_write, checkpoint_paths
 from flatmin.train.config import TrainConfig, differing_fields
-from flatmin.train.config_file import config_to_yaml, load_config
+from flatmin.train.config_file import config_to_yaml, load_run_config
 from flatmin.train.errors import TrainingError
 from flatmin.train.summary import Summary
 
@@ -40,8 +40,11 @@ def claim_directory(config: TrainConfig) -> None:
         TrainingError: If the directory belongs to a run whose numbers would differ.
     """
     path = config.run_dir / "config.yaml"
-    if path.exists():
-        differing = differing_fields(load_config(path), config)
+    for unfinished in config.run_dir.glob("*.tmp"):  # a process was killed while it wrote them
+        unfinished.unlink()
+    has_begun = checkpoint_paths(config.run_dir) or (config.run_dir / "summary.json").exists()
+    if path.exists() and has_begun:
+        differing = differing_fields(load_run_config(path), config)
         if differing:
             raise TrainingError(
                 f"{config.run_dir} holds a run with other settings ({'; '.join(differing)}): choose another "

@@ -130,5 +130,5 @@ def _rises_of_batch(model: nn.Module, batch: Batch, radii: Sequence[float]) -> T
 
 def _loss(model: nn.Module, batch: Batch) -> Tensor:
     images, labels = batch
-    logits: Tensor = model(images)
+    logits: Tensor = model(images.to(next(model.parameters()).dtype))
     return nn.functional.cross_entropy(logits.float(), labels)

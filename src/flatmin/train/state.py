@@ -63,7 +63,7 @@ class TrainingState:
     def state_dict(self, fabric: Fabric) -> dict[str, Any]:
         """Everything needed to go on, in types that ``torch.load(weights_only=True)`` accepts.
 
-        No generator state: the random numbers of a step follow from the seed and the step , the order and
+        No generator state: the random numbers of a step follow from the seed and the step, the order and
         augmentation of images from the seed and the epoch, the learning rate from the step.
         """
         return {

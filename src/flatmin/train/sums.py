@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +54,7 @@ class EpochSums:
         """Means over all replicas; waits for the device.
 
         Raises:
-            TrainingError: If the loss of a step was not finite.
+            TrainingError: If the loss of a step was not finite, at w or at w + eps.
         """
         rows = self.gathered(fabric).tolist()
         bad_steps = [int(row[6]) for row in rows if row[6] > 0]
@@ -63,6 +64,8 @@ class EpochSums:
                 f"gradient clipping; the last checkpoint is from before"
             )
         images, loss, errors, steps, norm, rise = (sum(column) for column in list(zip(*rows, strict=True))[:6])
+        if with_rise and not math.isfinite(rise):
+            raise TrainingError("the loss at w + eps was not finite, so steps were skipped: try a smaller rho")
         return EpochMeans(
             num_images=int(images),
             train_loss=loss / max(images, 1),

@@ -9,7 +9,7 @@ from torch import nn
 
 from flatmin.train.checkpoint import load_newest_checkpoint
 from flatmin.train.config import TrainConfig
-from flatmin.train.config_file import load_config
+from flatmin.train.config_file import load_run_config
 from flatmin.train.errors import TrainingError
 from flatmin.train.state import averaged, fresh_model
 
@@ -33,7 +33,7 @@ def load_run(run_dir: Path) -> TrainedRun:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise TrainingError(f"{run_dir} is not the directory of a run: it has no config.yaml")
-    config = load_config(path)
+    config = load_run_config(path)
     saved = load_newest_checkpoint(run_dir)
     if saved is None:
         raise TrainingError(f"{run_dir} has no checkpoint yet")

@@ -20,7 +20,7 @@ def finish_and_compare(writer, state, metrics):
     return finish(writer, state, metrics)
 
 RunWriter.finish = finish_and_compare
-flags = "--accelerator cpu --devices 2 --strategy ddp --threads 1 --checkpoint-seconds 0 --epochs 2 --batch-size 432"
+flags = "--accelerator cpu --threads 1 --checkpoint-seconds 0 --epochs 2 --batch-size 432"
 model = "--model wrn-10-1 --dropout 0.2 --ema-decay 0.5 --rho 0.2"
 for directory, limit in (("resumed", "--max-steps 2"), ("resumed", ""), ("whole", "")):
     arguments = f"train digits {flags} {model} --output-dir {sys.argv[1]}/{directory} {limit}"

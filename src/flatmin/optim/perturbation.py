@@ -79,8 +79,7 @@ def _perturb_on_cpu_(
 ) -> None:
     """Small parameters in one batch; each other one alone, saved and moved while it is in the cache."""
     small: list[int] = []
-    for index in reversed(range(len(params))):  # the norm has just read the last tensors
-        param = params[index]
+    for index, param in enumerate(params):
         if param.numel() <= _SMALL and param.is_contiguous() and param.dtype not in _NARROW:
             small.append(index)
             continue

@@ -54,7 +54,7 @@ def test_an_addition_that_fails_half_way_leaves_the_parameters_as_they_were():
     assert all(torch.equal(x, y) for x, y in zip(params, before, strict=True))
 
 
-NUM_LARGE = (1 << 20) + 5
+NUM_LARGE = (3 << 19) + 5
 
 
 def _large_case(channels_last=False):

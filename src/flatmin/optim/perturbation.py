@@ -9,7 +9,7 @@ from torch import Tensor
 
 _SMALL = 4096  # entries of a tensor that is copied faster with others than on its own
 _BATCH = 64  # of those at a time, so that the memory they share is small as well
-_LARGE = 1 << 20  # entries of a tensor (4 MB) whose memory a C library takes from the system afresh each time
+_LARGE = 3 << 19  # entries of a tensor (6 MB) whose memory a C library takes from the system afresh each time
 _PIECE = 1 << 17  # entries of such a tensor that are in the cache at a time
 _NARROW = (torch.bfloat16, torch.float16)
 

@@ -15,14 +15,12 @@ class Visit:
     """Where the parameters stand, and how they get home.
 
     Attributes:
-        num_ascents: Ascent steps made so far; 0 at home.
-        owners: The parameters that take part.
+        owners: The parameters that take part; none at home.
         params: The same as real tensors.
         saved: Their values at w; ``None`` at home and where a visit moves nothing.
         scaling: The metric's T at w, until the last ascent.
     """
 
-    num_ascents: int = 0
     owners: list[Tensor] = field(default_factory=list)
     params: list[Tensor] = field(default_factory=list)
     saved: Saved | None = None
@@ -45,14 +43,13 @@ class Visit:
         """
         owners = [owner for group in groups for owner in group.owners]
         radii = [radius for group in groups for radius in [group.radius] * len(group.owners)]
-        if self.num_ascents == 0:
+        if not self.owners:
             self.owners = owners
             self.params = [param for group in groups for param in group.params]
             self.scaling = ball.metric.scaling(groups)
         elif list(map(id, owners)) != list(map(id, self.owners)):
             raise RuntimeError("the same parameters must have a gradient at each of several ascent steps")
         unit = ball.farthest(direction, self.scaling)
-        self.num_ascents += 1
         if unit.is_finite.device.type != "cpu" or unit.is_finite:  # 0 * inf would be NaN; an accelerator cannot say
             self._move(unit, radii, ball, {id(grad) for group in groups for grad in group.grads})
         if is_last:
@@ -63,7 +60,6 @@ class Visit:
         """Put the exact values back, and free the copies."""
         if self.saved is not None:
             self.saved.restore_()
-        self.num_ascents = 0
         self.owners, self.params, self.saved, self.scaling = [], [], None, None
 
     def perturbation(self) -> list[Tensor]:

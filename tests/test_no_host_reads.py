@@ -1,0 +1,171 @@
+"""No step reads from a CUDA device or mixes in the host's tensors, for every method; here on tensors without values.
+
+Torch's fake tensors know a shape, a type and a device, and refuse both what needs a value on the host and operators on
+several devices. So a step of the optimizer runs here as on a GPU, with a closure that leaves gradients as a backward
+pass would. `pytest -m gpu` has the passes themselves, on a real device.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import flatmin
+from flatmin.optim.directions import Gradient
+from flatmin.optim.space import Space
+from optimizers import ALWAYS, METHODS, POLICIES, SAMON, SIMPLE, sgd
+from problems import tiny_network
+
+READS_THE_GRADIENT = ("AESAM", "AESAM-always")  # whose rule needs its norm on the host
+DRAWS_ON_THE_HOST = ("RST", "RST-1")  # a fake generator has no numbers
+OWN_SIGNATURE = ("compat-SAM", "compat-SAM-adaptive")  # the same engine, which takes no skip_nonfinite
+ROWS = [
+    row
+    for row in (*SIMPLE, *METHODS, *ALWAYS, *POLICIES, SAMON)
+    if row.name not in READS_THE_GRADIENT + DRAWS_ON_THE_HOST + OWN_SIGNATURE
+]
+ADAM = partial(torch.optim.Adam, lr=0.1, capturable=True)
+COPIES = {torch.ops.aten._to_copy, torch.ops.aten.copy_}
+ONE_PASS = {
+    "MSAM": lambda params: flatmin.MSAM(sgd(params), skip_nonfinite=False),
+    "AdaptiveMSAM": lambda params: flatmin.AdaptiveMSAM(sgd(params), skip_nonfinite=False),
+    "MSAM around Adam": lambda params: flatmin.MSAM(ADAM(params), skip_nonfinite=False),
+}
+
+
+class NothingWaits(TorchDispatchMode):
+    """Refuses what copies between host and device while the host waits."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        sources, targets = (
+            {leaf.device.type for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
+            for tree in ((args, kwargs), found)
+        )
+        assert not ("cuda" in sources and "cpu" in targets), f"{func} brings a tensor to the host"
+        if func.overloadpacket in COPIES and "cpu" in sources and "cuda" in targets:
+            non_blocking = (kwargs or {}).get("non_blocking", args[2:3] == (True,))
+            assert non_blocking, f"{func} waits for a tensor to come to the device"
+        return found
+
+
+@pytest.fixture
+def model() -> Iterator[nn.Module]:
+    """The tiny network on a CUDA device, without values, while operators act on such tensors."""
+    network = tiny_network()
+    with FakeTensorMode():
+        for module in network.modules():
+            for name, param in module._parameters.items():
+                if param is not None:
+                    tensor = torch.empty(param.shape, device="cuda")
+                    module._parameters[name] = nn.Parameter(tensor, param.requires_grad)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
+        with NothingWaits():
+            yield network
+
+
+class Closure:
+    """Leaves gradients and returns a loss, as a backward pass would."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.params = [param for param in model.parameters() if param.requires_grad]
+        self.num_calls = 0
+
+    def __call__(self) -> Tensor:
+        self.num_calls += 1
+        for param in self.params:
+            param.grad = torch.empty_like(param)
+        return torch.empty((), device="cuda")
+
+
+@pytest.mark.parametrize("base", [sgd, ADAM], ids=["sgd", "adam"])
+@pytest.mark.parametrize("diagnostics", [False, True], ids=["plain", "diagnostics"])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_a_step_with_a_closure_reads_nothing(row, diagnostics, base, model):
+    closure = Closure(model)
+    optimizer = row.build(base(model.parameters()), model, skip_nonfinite=False, diagnostics=diagnostics)
+    for _ in range(3):
+        loss = optimizer.step(closure)
+    assert loss.device.type == "cuda"
+    assert 3 <= closure.num_calls <= 3 * row.num_closure_calls
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_micro_batches_read_nothing(row, shared, model):
+    closure, optimizer = Closure(model), row.build(sgd(model.parameters()), model, skip_nonfinite=False)
+    for _ in range(2):
+        optimizer.step([closure, closure], shared_perturbation=shared)
+    assert closure.num_calls >= 4
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row is not SAMON], ids=lambda row: row.name)
+def test_the_two_step_loop_reads_nothing(row, model):
+    closure = Closure(model)
+    optimizer = row.build(sgd(model.named_parameters()), None, skip_nonfinite=False)
+    for _ in range(2):
+        closure()
+        for _ in range(optimizer.ascent_steps):
+            optimizer.first_step(zero_grad=True)
+            closure()
+        optimizer.second_step(zero_grad=True)
+    assert closure.num_calls >= 4
+
+
+@pytest.mark.parametrize("method", ONE_PASS)
+def test_one_pass_methods_read_nothing(method, model):
+    closure, optimizer = Closure(model), ONE_PASS[method](model.parameters())
+    for _ in range(3):
+        optimizer.step(closure)
+    assert closure.num_calls >= 3
+
+
+def test_a_base_that_cannot_skip_on_the_device_is_asked_on_the_host(model):
+    """A control, and what `skip_nonfinite` says of itself."""
+    optimizer = flatmin.SAM(sgd(model.parameters()), model=model)
+    with pytest.raises(DataDependentOutputException):
+        optimizer.step(Closure(model))
+
+
+@pytest.mark.parametrize("row", [row for row in (*ALWAYS, *POLICIES) if row.name in READS_THE_GRADIENT], ids=str)
+def test_a_rule_on_the_gradient_reads_its_norm(row, model):
+    """A control, and what AE-SAM says of itself."""
+    optimizer = row.build(sgd(model.parameters()), model, skip_nonfinite=False)
+    with pytest.raises(DataDependentOutputException):
+        optimizer.step(Closure(model))
+
+
+class Carried(Gradient):
+    """The gradient, by way of the host."""
+
+    def __call__(self, space: Space) -> list[Tensor]:
+        return [tensor.cpu().to(tensor.device) for tensor in super().__call__(space)]
+
+
+class Fresh(Gradient):
+    """The gradient times a number that is copied to the device."""
+
+    def __call__(self, space: Space) -> list[Tensor]:
+        return [tensor * torch.ones(1).to(tensor.device) for tensor in super().__call__(space)]
+
+
+@pytest.mark.parametrize(("direction", "complaint"), [(Carried(), "brings"), (Fresh(), "waits")])
+def test_a_copy_between_host_and_device_is_noticed(direction, complaint, model):
+    """A control."""
+    base = sgd(model.parameters())
+    optimizer = flatmin.SharpnessAware(base, 0.1, direction=direction, model=model, skip_nonfinite=False)
+    with pytest.raises(AssertionError, match=complaint):
+        optimizer.step(Closure(model))
+
+
+def test_an_operator_on_several_devices_is_refused(model):
+    """A control."""
+    with pytest.raises(RuntimeError, match="cuda"):
+        next(model.parameters()) + torch.ones(1)

@@ -97,7 +97,7 @@ def main() -> None:
     """Search, run, measure, write."""
     own = tyro.cli(Arguments)
     console = Console()
-    searches = {method: Search(method) for method in own.methods}
+    searches = {method: Search(method) for method in own.methods if suits(own, method)}
     while open_searches := [search for search in searches.values() if not search.is_done]:
         wanted = [trial(own, s.method, p, seed) for s in open_searches for p in s.wanted for seed in search_seeds(own)]
         errors = iter(run_trials(error_of, wanted, own.workers, console))
@@ -120,6 +120,11 @@ def main() -> None:
         entry["relative_cost"] = cost
     atomic_write(own.output, json.dumps(record(own, rows, baseline), indent=1) + "\n")
     console.print(f"numbers in {own.output}", soft_wrap=True)
+
+
+def suits(own: Arguments, method: Method) -> bool:
+    """Whether the network has what the method perturbs: SAM-ON needs norm layers."""
+    return method != "samon" or (own.model or recipe_config(own.task, method).model) != "lenet-5"
 
 
 class Search:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "images"
 PAGE = ROOT / "docs" / "results.md"
+TIMED_STUDIES = ("methods", "cifar10")
 TASKS = {"digits": "digits", "fashion_mnist": "fashion-mnist"}
 
 Row = Mapping[str, Any]
@@ -41,9 +43,10 @@ def main() -> None:
         evidence = found(f"methods_evidence_{task}")
         if evidence:
             save(gains_picture(evidence), f"cost_{task}")
-    methods = found("study_methods")
-    if methods:
-        save(cost_picture(methods), "study_methods_cost")
+    for name in TIMED_STUDIES:
+        study = found(f"study_{name}")
+        if study:
+            save(cost_picture(study), f"study_{name}_cost")
 
 
 def page(text: str) -> str:
@@ -57,7 +60,8 @@ def page(text: str) -> str:
         evidence = found(f"methods_evidence_{task}")
         pending = not_run(f"methods_evidence.py --task {name}")
         text = between(text, f"cost {task}", gains_text(evidence, f"images/cost_{task}.svg") if evidence else pending)
-    studies = {"methods": methods_study, "label-noise": label_noise_study, "radius": radius_study}
+    timed = {name: partial(methods_study, picture=f"images/study_{name}_cost.svg") for name in TIMED_STUDIES}
+    studies = {**timed, "label-noise": label_noise_study, "radius": radius_study}
     for name, render in studies.items():
         study = found(f"study_{name.replace('-', '_')}")
         text = between(text, name, render(study) if study else not_run(f"studies.py {name}"))
@@ -129,7 +133,7 @@ def commands_text(record: Row) -> str:
     return f"`{record['command']}` runs, on one thread each ({versions}):\n\n```\n{sweeps}\n```"
 
 
-def methods_study(record: Row) -> str:
+def methods_study(record: Row, picture: str) -> str:
     """SGD against the methods."""
     rows = contenders(record)
     baseline = baseline_among(rows)
@@ -141,8 +145,8 @@ def methods_study(record: Row) -> str:
         less = "baseline" if row is baseline else difference(row, baseline).text(2)
         error, time = test_error(row).text(2), f"{row['time']:.2f}"
         lines.append(table_line(row["name"], str(row["epochs"]), str(radius), error, less, *sharp, time))
-    picture = "![Gain in accuracy against time](images/study_methods_cost.svg)"
-    return "\n\n".join(["\n".join(lines), picture, commands_text(record)])
+    gains = f"![Gain in accuracy against time]({picture})"
+    return "\n\n".join(["\n".join(lines), gains, commands_text(record)])
 
 
 def cost_picture(record: Row) -> Figure:

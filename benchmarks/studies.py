@@ -1,11 +1,13 @@
-"""Results of our own on Fashion-MNIST, each by the protocol of ``flatmin sweep``: a grid, seeds, a validation split.
+"""Results of our own, each by the protocol of ``flatmin sweep``: a grid, seeds, a validation split.
 
-    python benchmarks/studies.py methods       # SGD, also with twice the epochs, SAM, ASAM, m-SAM, MSAM, late-phase SAM
+    python benchmarks/studies.py methods       # Fashion-MNIST: SGD, also with twice the epochs, and five methods
+    python benchmarks/studies.py cifar10       # the same on CIFAR-10
     python benchmarks/studies.py label-noise   # SGD and SAM with 20, 40, 60 and 80 % wrong labels, ResNet-20
     python benchmarks/studies.py radius        # SAM over its radius, ResNet-8
 
-Each takes hours on two cores, runs one network at a time on one thread, and goes on where it was interrupted;
-``--plan`` says what is missing. ``--epochs``, ``--seeds`` and ``--flags`` change the budget, in a directory of its own.
+Each takes one to two hours on one thread of a CPU, trains one network at a time, and goes on where it was interrupted;
+``--plan`` says what is missing. ``--epochs``, ``--seeds`` and ``--flags`` change the budget, in a directory of its own:
+``cifar10 --epochs 60 --flags="--model wrn-16-8 --precision bf16-mixed --compile"`` suits a GPU.
 Numbers go to ``benchmarks/results/study_<name>.json`` when a study is complete; ``results_page.py`` makes tables and
 pictures of them.
 """
@@ -35,12 +37,12 @@ from flatmin.train.sweep.command import sweep_command
 
 ROOT = Path(__file__).parents[1]
 
-Name = Literal["methods", "label-noise", "radius"]
+Name = Literal["methods", "cifar10", "label-noise", "radius"]
 
 
 @dataclass(frozen=True)
 class Study:
-    """One question: the sweeps that answer it, the epochs of a run and the final runs of each method.
+    """One question: the sweeps that answer it, their recipe, the epochs of a run and the final runs of each method.
 
     ``is_timed`` asks for the time of a run of each contender of all sweeps over that of the first; they have one task.
     """
@@ -48,30 +50,46 @@ class Study:
     sweeps: tuple[str, ...]
     epochs: int
     seeds: int
+    recipe: str = "fashion-mnist"
     is_timed: bool = False
 
 
+METHODS = "--grid method=sgd,sam,asam,msam,latesam"
 RADII = "--grid rho=0.05,0.1,0.2,0.5,1"
 LENET = "--model lenet-5 --lr 0.03"  # the hundred runs of a network with more arithmetic are too many for two cores
+SMALL_CNN = "--model small-cnn --batch-size 64 --augmentation basic"
 
 STUDIES: dict[Name, Study] = {
     "methods": Study(
         (
-            f"{LENET} --grid method=sgd,sam,asam,msam,latesam {RADII} --baseline-epochs 2x",
+            f"{LENET} {METHODS} {RADII} --baseline-epochs 2x",
             f"{LENET} --grid method=sam {RADII} --micro-batch 16",  # m-SAM
         ),
         epochs=6,
         seeds=5,
         is_timed=True,
     ),
+    "cifar10": Study(
+        (f"{SMALL_CNN} {METHODS} --grid rho=0.05,0.1,0.2 --baseline-epochs 2x",),
+        epochs=3,
+        seeds=3,
+        recipe="cifar10",
+        is_timed=True,
+    ),
     "label-noise": Study(
-        ("--model resnet-20 --grid label_noise=0.2,0.4,0.6,0.8 --grid method=sgd,sam --grid rho=0.1,0.2,0.5",),
+        (
+            "--model resnet-20 --num-train-images 3000 --grid label_noise=0.2,0.4,0.6,0.8 --grid method=sgd,sam "
+            "--grid rho=0.1,0.2",
+        ),
         epochs=10,
         seeds=3,
     ),
     "radius": Study(
-        ("--model resnet-8 --grid method=sam --grid rho=0,0.01,0.02,0.05,0.1,0.2,0.5,1 --each rho",),
-        epochs=3,
+        (
+            "--model resnet-8 --num-train-images 6000 --grid method=sam --grid rho=0,0.01,0.02,0.05,0.1,0.2,0.5,1 "
+            "--each rho",
+        ),
+        epochs=5,
         seeds=5,
     ),
 }
@@ -124,7 +142,7 @@ def sweeps_of(own: Arguments) -> Iterator[tuple[Path, list[str]]]:
     for number, sweep in enumerate(study.sweeps, start=1):
         suffix = "".join(character if character.isalnum() else "-" for character in own.flags)
         directory = own.runs / f"{own.study}-{epochs}-epochs{suffix}-{number}"
-        yield directory, ["fashion-mnist", *shlex.split(f"{sweep} {budget} {measured} {own.flags}")]
+        yield directory, [study.recipe, *shlex.split(f"{sweep} {budget} {measured} {own.flags}")]
 
 
 def sharpness_of(directory: Path) -> dict[str, dict[str, dict[str, float | None]]]:

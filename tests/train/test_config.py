@@ -50,6 +50,7 @@ REFUSED = [
     ("randaugment_level", math.nan, "randaugment_level must be >= 0, got nan"),
     ("mix_alpha", 0.0, "mix_alpha must be > 0 and finite, got 0.0"),
     ("label_smoothing", 1.0, "label_smoothing must be >= 0 and < 1, got 1.0"),
+    ("num_train_images", 0, "num_train_images must be >= 1, got 0"),
     ("label_noise", 1.5, "label_noise must be >= 0 and < 1, got 1.5"),
     ("ema_decay", math.nan, "ema_decay must be >= 0 and < 1, got nan"),
     ("dropout", -0.5, "dropout must be >= 0 and < 1, got -0.5"),

@@ -175,6 +175,8 @@ class TrainConfig:
     """Level of the operations of randaugment, 10 being strong."""
     mix_alpha: float = 1.0
     """Parameter of the distribution Beta(alpha, alpha) of the shares in mixup and cutmix."""
+    num_train_images: int | None = None
+    """Training images, drawn once and the same for every run; None takes all."""
     label_noise: float = 0.0
     """Share of training labels replaced by another class; validation labels stay right."""
     label_noise_kind: Literal["symmetric", "asymmetric"] = "symmetric"

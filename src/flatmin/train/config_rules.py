@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 COUNTS = (
     *("epochs", "batch_size", "max_steps", "max_epochs", "ascent_steps", "eval_every", "max_eval_batches", "num_nodes"),
     *("threads", "progress_steps", "checkpoint_every", "num_checkpoints", "image_size", "micro_batch"),
-    *("sharpness_every", "sharpness_images", "sharpness_m"),
+    *("sharpness_every", "sharpness_images", "sharpness_m", "num_train_images"),
 )
 AMOUNTS = (
     *("rho", "rho_min", "lr", "lr_factor", "lr_steps", "warmup_epochs", "momentum", "weight_decay"),

@@ -95,7 +95,7 @@ def make_loaders(config: TrainConfig, fabric: Fabric) -> Loaders:
 
 
 def batch_indices(loader: TrainLoader, epoch: int, batch: int) -> Tensor:
-    """Return which of the training images, counted as they are stored, make up a batch over all replicas."""
+    """Return which of the run's training images, counted in their order, make up a batch over all replicas."""
     whole = copy(loader)
     whole.rank, whole.num_replicas, whole.augmentation = 0, 1, Augmentation()
     whole.labels = torch.arange(len(loader.labels), device=loader.labels.device)  # each image is its own class
@@ -163,7 +163,14 @@ def training_sample(
 
 def sample_of(images: Tensor | ImageFiles, labels: Tensor, num_images: int) -> tuple[Tensor | ImageFiles, Tensor]:
     """The images at which sharpness is measured, drawn once and the same for every run; all if there are fewer."""
-    drawn = torch.randperm(len(labels), generator=generator_from("sharpness sample"))[:num_images].sort().values
+    return drawn_once("sharpness sample", images, labels, num_images)
+
+
+def drawn_once(
+    purpose: str, images: Tensor | ImageFiles, labels: Tensor, num_images: int
+) -> tuple[Tensor | ImageFiles, Tensor]:
+    """Images drawn at random, in their order, whatever the seed of the run; all if there are fewer."""
+    drawn = torch.randperm(len(labels), generator=generator_from(purpose))[:num_images].sort().values
     return images[drawn], labels[drawn]
 
 
@@ -216,6 +223,10 @@ def images_of_split(
         images, labels = train
     elif split == "validation":
         raise TrainingError("this run trained on the validation images: it needs --eval-on validation")
+    if config.num_train_images is not None:
+        if not config.num_train_images <= len(labels):
+            raise TrainingError(f"num_train_images must be <= {len(labels)}, got {config.num_train_images}")
+        images, labels = drawn_once("training subset", images, labels, config.num_train_images)
     return images, training_labels(config, labels, image_set.classes)
 
 

@@ -91,7 +91,7 @@ def compared(contenders: Mapping[str, str], facts: Mapping[str, str]) -> Callabl
         others = [name for name in contenders if name != first["reference"]]
 
         def row(name: str, case: Result) -> list[str]:
-            told = [f"{case['facts'][fact]:.4g}" for fact in facts]
+            told = [f"{case['facts'][fact]:.4g}" if fact in case["facts"] else "–" for fact in facts]
             own = duration(case["medians"][case["reference"]])
             return [name, *told, own, *(with_spread(case, other) for other in others)]
 
@@ -214,8 +214,19 @@ TABLES: dict[str, Callable[[Mapping[str, Result]], Lines]] = {
     ),
     "growth": growth,
     "training-loop": compared(
-        {"two_steps": "loop of two steps", "flatmin": "`flatmin train`", "flatmin_compiled": "with `--compile`"},
-        {"images": "images", "share_outside": "share outside the optimizer's step"},
+        {
+            "two_steps": "loop of two steps",
+            "flatmin": "`flatmin train`",
+            "flatmin_compiled": "with `--compile`",
+            "flatmin_bf16": "`--precision bf16-mixed`",
+            "flatmin_bf16_compiled": "both",
+        },
+        {
+            "images": "images",
+            "share_outside": "share outside the optimizer's step",
+            "images_per_second": "images a second of the fastest",
+            "share_of_matrix_rate": "its share of the matrix rate",
+        },
     ),
     "host-copy": compared(
         {"device": "a step", "host": "with the copy in host memory"},

@@ -67,7 +67,7 @@ def page(text: str, costs: Rows, evidence: Mapping[str, dict[str, Any]]) -> str:
     text = between(text, "evidence", "\n\n".join(found or [NOTHING_YET]))
     for method, row in costs.items():
         if method != "sgd":
-            own = [own_line(TASKS[t], record["methods"][method]) for t, record in evidence.items()]
+            own = [own_line(TASKS[t], record["methods"].get(method)) for t, record in evidence.items()]
             head = rf"(### {METHOD_NAMES[method]}\n.*?\n- cost:)[^\n]*(.*?\n- own:)[^\n]*"
             new = rf"\1 {cost_line(row)}\2 {'; '.join(own) or 'not measured'}."
             text = re.sub(head, new, text, count=1, flags=re.DOTALL)

@@ -1,7 +1,7 @@
 """What does a whole SAM step cost, eager and compiled, relative to an eager step of plain SGD on the same batch?
 
 The same network, weights and batch for all: plain SGD as torch takes it, with its model compiled too; SAM eager, as one
-graph, and as others have it. The floor of an eager SAM step is two.
+graph, and as others have it; Momentum-SAM as one graph. The floor of an eager SAM step is two.
 """
 
 import copy
@@ -42,6 +42,7 @@ def case_of(name: str, threads: int, rounds: int, options: Options) -> Case:
     start = time.perf_counter()
     compiled = {"compiled_sam": compiled_step(copy.deepcopy(model), batch, options)}
     facts = {"threads": threads, "seconds_to_compile": time.perf_counter() - start}
+    compiled["compiled_msam"] = compiled_step(copy.deepcopy(model), batch, options, momentum_sam)
     if not options.quick:  # another compiler's start, for nothing
         compiled["compiled_model_sgd"] = sgd_step(compiled_model(copy.deepcopy(model), options), batch)
         compiled["compiled_model_sam"] = sam_step(compiled_model(copy.deepcopy(model), options), batch)
@@ -89,7 +90,7 @@ def sgd_step(model: nn.Module, batch: Batch, **options: Any) -> Step:
 
 def sam_step(model: nn.Module, batch: Batch) -> Step:
     """A step of SAM with a closure."""
-    sam = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=LR), rho=RHO, model=model)
+    sam = two_pass_sam(model)
 
     def closure() -> torch.Tensor:
         sam.zero_grad()
@@ -100,13 +101,29 @@ def sam_step(model: nn.Module, batch: Batch) -> Step:
     return lambda: sam.step(closure)
 
 
-def compiled_step(model: nn.Module, batch: Batch, options: Options, num_micro_batches: int = 1) -> Step:
-    """A step of SAM as one graph, compiled.
+def two_pass_sam(model: nn.Module) -> flatmin.SAM:
+    """SAM around plain SGD."""
+    return flatmin.SAM(torch.optim.SGD(model.parameters(), lr=LR), rho=RHO, model=model)
+
+
+def momentum_sam(model: nn.Module) -> flatmin.MSAM:
+    """Momentum-SAM, of one pass, around SGD with the momentum that it needs."""
+    return flatmin.MSAM(torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9), rho=RHO, model=model)
+
+
+def compiled_step(
+    model: nn.Module,
+    batch: Batch,
+    options: Options,
+    method: Callable[[nn.Module], torch.optim.Optimizer] = two_pass_sam,
+    num_micro_batches: int = 1,
+) -> Step:
+    """A step of a method as one graph, compiled.
 
     Raises:
         RuntimeError: It could not be.
     """
-    sam = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=LR), rho=RHO, model=model)
+    sam = method(model)
     backend = as_traced if options.quick else with_inductor
     step = flatmin.compile_step(model, loss_fn, sam, num_micro_batches=num_micro_batches, backend=backend)
     for _ in range(2 if options.device == "cpu" else 6):  # on a GPU it is captured after a while

@@ -24,7 +24,7 @@ def measure(options: Options) -> Iterator[tuple[str, Case]]:
         with torch_threads(threads):
             model, batch = network(name, options.device)
             start = time.perf_counter()
-            at_once = compiled_step(copy.deepcopy(model), batch, options, NUM_MICRO_BATCHES)
+            at_once = compiled_step(copy.deepcopy(model), batch, options, num_micro_batches=NUM_MICRO_BATCHES)
             seconds_to_compile = time.perf_counter() - start
             steps = {
                 "gradient": gradient(copy.deepcopy(model), batch),

@@ -189,6 +189,7 @@ STEPS = {
     "sgd": "plain SGD",
     "sam": "SAM",
     "compiled_sam": "SAM, `compile_step`",
+    "compiled_msam": "MSAM, `compile_step`",
     "compiled_model_sgd": "SGD, compiled model",
     "compiled_model_sam": "SAM, compiled model",
     "pytorch_optimizer_sam": "pytorch_optimizer's SAM",

@@ -12,12 +12,13 @@ from benchmarks.record import read_result
 
 OURS, THEIRS, PLAIN = "#2a6f97", "#e0702e", "#8a8a8a"
 COLOURS = {
-    **dict.fromkeys(("sam", "compiled_sam", "compiled_model_sam", "flatmin"), OURS),
+    **dict.fromkeys(("sam", "compiled_sam", "compiled_msam", "compiled_model_sam", "flatmin"), OURS),
     **dict.fromkeys(("pytorch_optimizer_sam", "optax_sam", "pytorch_optimizer"), THEIRS),
 }
 LABELS = {
     "sam": "SAM",
     "compiled_sam": "SAM, compile_step",
+    "compiled_msam": "MSAM, compile_step",
     "compiled_model_sgd": "SGD, compiled model",
     "compiled_model_sam": "SAM, compiled model",
     "pytorch_optimizer_sam": "pytorch_optimizer SAM",

@@ -9,7 +9,7 @@ between two markers in the page; what has not been run says so.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def page(text: str) -> str:
         pending = not_run(f"methods_evidence.py --task {name}")
         text = between(text, f"cost {task}", gains_text(evidence, f"images/cost_{task}.svg") if evidence else pending)
     timed = {name: partial(methods_study, picture=f"images/study_{name}_cost.svg") for name in TIMED_STUDIES}
-    studies = {**timed, "label-noise": label_noise_study, "radius": radius_study}
+    studies: dict[str, Callable[[Row], str]] = {**timed, "label-noise": label_noise_study, "radius": radius_study}
     for name, render in studies.items():
         study = found(f"study_{name.replace('-', '_')}")
         text = between(text, name, render(study) if study else not_run(f"studies.py {name}"))

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
+from flatmin.optim.compilable import why_not_compiled
 from flatmin.optim.draws import Unfit, Unready
 from flatmin.optim.engine import SharpnessAware
-from flatmin.optim.functional_step import LossFn, LossModule
+from flatmin.optim.functional_model import LossFn, LossModule
+from flatmin.optim.host_side import OnePassSide, TwoPassSide
 from flatmin.optim.methods.bsam import BSAM
 from flatmin.optim.one_pass import OnePass
-from flatmin.optim.sharding import is_sharded
 from flatmin.optim.step_graph import Backend, StepGraph, with_inductor
-from flatmin.optim.when import GradientWhen, When
+from flatmin.optim.when import When
 
-_MOST_COPIED = 1 << 24  # numbers in the micro-batches' copies of the weights
 _MOST_GRAPHS = 16  # traced for one step, after which it is taken to change all the time
 
 
@@ -51,8 +51,8 @@ def compile_step(
     shape, another hyperparameter, a layer that was frozen or put into evaluation mode.
 
     What cannot be compiled takes the eager step, and a warning says why, once: methods that look at the gradient to
-    decide whether a step is perturbed (``AESAM``), one-pass methods and ``BSAM``, replicated or sharded models,
-    parameters that are complex or narrower than float32, step hooks, and models that cannot be traced.
+    decide whether a step is perturbed (``AESAM``), ``BSAM``, replicated or sharded models, parameters that are complex
+    or narrower than float32, step hooks, and models that cannot be traced.
 
     Args:
         model: The module that the optimizer was given as ``model=``.
@@ -107,7 +107,7 @@ class CompiledStep:
         self._backend = backend
         self._graphs: dict[Any, StepGraph] = {}
         self._has_stepped = False
-        reason = _why_not(optimizer, losses.model, num_micro_batches)
+        reason = why_not_compiled(optimizer, losses.model, num_micro_batches)
         if reason is not None:
             self._give_up(reason, stacklevel=4)
 
@@ -129,13 +129,15 @@ class CompiledStep:
 
     def _graph_for(self, batch: Any) -> StepGraph | None:
         """The graph of the coming step; ``None`` where it must be eager."""
-        optimizer = self._optimizer
-        assert isinstance(optimizer, SharpnessAware)
-        plan, progress = optimizer._passes.plan, optimizer._passes.progress
-        is_perturbed = cast(When, plan.pieces.when)(plan.num_steps)  # asking isinstance() takes 7 microseconds
-        if progress.num_ascents or progress.is_complete:  # inside a loop of two steps, which the eager step refuses
-            return None
-        if self._num_micro_batches > 1 and not is_perturbed:
+        optimizer, is_perturbed = self._optimizer, True
+        if isinstance(optimizer, SharpnessAware):
+            plan, progress = optimizer._passes.plan, optimizer._passes.progress
+            is_perturbed = cast(When, plan.pieces.when)(plan.num_steps)  # asking isinstance() takes 7 microseconds
+            if progress.num_ascents or progress.is_complete:  # inside a loop of two steps, which the eager step refuses
+                return None
+            if self._num_micro_batches > 1 and not is_perturbed:
+                return None
+        elif cast(OnePass, optimizer)._is_shown:  # which the eager step refuses, too
             return None
         leaves = tree_leaves(batch)
         shapes = [(leaf.shape, leaf.dtype, leaf.stride()) for leaf in leaves if isinstance(leaf, Tensor)]
@@ -148,14 +150,12 @@ class CompiledStep:
         return graph
 
     def _traced(self, batch: Any, is_perturbed: bool) -> StepGraph | None:
-        optimizer = self._optimizer
-        assert isinstance(optimizer, SharpnessAware)
         if self.num_graphs == _MOST_GRAPHS:
             self._give_up(f"{_MOST_GRAPHS} graphs were traced, each for other shapes or settings")
             return None
         self.num_graphs += 1
         try:
-            graph = StepGraph(optimizer, self._losses, is_perturbed, self._num_micro_batches)
+            graph = StepGraph(self._side(is_perturbed), self._losses, self._num_micro_batches)
             graph.compile(batch, self._backend)
         except Unready:
             return None
@@ -163,6 +163,13 @@ class CompiledStep:
             self._give_up(_sentence(error))
             return None
         return graph
+
+    def _side(self, is_perturbed: bool) -> TwoPassSide | OnePassSide:
+        optimizer = self._optimizer
+        if isinstance(optimizer, OnePass):
+            return OnePassSide(optimizer, self._losses)
+        assert isinstance(optimizer, SharpnessAware)
+        return TwoPassSide(optimizer, self._losses, is_perturbed, self._num_micro_batches)
 
     def _eager_step(self, batch: Any) -> Tensor:
         parts = [batch]
@@ -184,38 +191,6 @@ class CompiledStep:
         self.reason = reason
         self._graphs.clear()
         warnings.warn(f"compile_step takes the eager step: {reason}", stacklevel=stacklevel)
-
-
-def _why_not(optimizer: Optimizer, model: nn.Module, num_micro_batches: int) -> str | None:
-    """What is known in advance to stand in the way, as a sentence."""
-    if not isinstance(optimizer, SharpnessAware):
-        return f"{type(optimizer).__name__} does not make the two passes of the engine that are compiled"
-    when, params = optimizer._passes.plan.pieces.when, list(optimizer._params())
-    num_copied = num_micro_batches * sum(param.numel() for param in params)
-    hooks = [
-        hook
-        for each in (optimizer, optimizer.base)
-        for hook in (*each._optimizer_step_pre_hooks, *each._optimizer_step_post_hooks)
-    ]
-    obstacles = {
-        f"{type(when).__name__} looks at the gradient to decide whether a step is perturbed": isinstance(
-            when, GradientWhen
-        ),
-        "the model is replicated or sharded, and its gradients are shared between processes": (
-            optimizer._passes.sync is not None or any(map(is_sharded, params))
-        ),
-        "the optimizer has parameters that the model does not have": not set(params) <= set(model.parameters()),
-        "parameters are complex or narrower than float32": any(p.is_complex() or p.dtype.itemsize < 4 for p in params),
-        "the parameters are on several devices": len({param.device for param in params}) > 1,
-        "the weights at w are to be kept in host memory, and a graph keeps them on the device": (
-            optimizer._passes.plan.save_to == "host"
-        ),
-        "the optimizer has step hooks, which must run between the passes and the update": bool(hooks),
-        "the micro-batches' copies of the weights hold more than 2^24 numbers": (
-            num_micro_batches > 1 and num_copied > _MOST_COPIED
-        ),
-    }
-    return next((reason for reason, is_so in obstacles.items() if is_so), None)
 
 
 def _autocast(leaves: list[Any]) -> tuple[Any, ...]:

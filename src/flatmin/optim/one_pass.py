@@ -18,6 +18,7 @@ from flatmin.optim.freshness import has_fresh_gradient, is_fresh, mark_used
 from flatmin.optim.layers import LayerBall
 from flatmin.optim.leftover import refusing_leftovers
 from flatmin.optim.memory import Memory
+from flatmin.optim.perturbation import Saved
 from flatmin.optim.rounding import Rounding, check_rounding
 from flatmin.optim.schedules import RhoSchedule, set_radii
 from flatmin.optim.seeding import seed_of
@@ -322,11 +323,24 @@ class OnePass(Wrapper):
         self._visit.ascend(space, masked(space, self.direction(space)), self.ball, is_last=True, seed=seed)
         self._versions = [owner._version for owner in self._visit.owners]
 
+    def _is_as_left(self) -> bool:
+        """Whether nobody has written other weights where they rest; loading those that rested there is not that."""
+        is_untouched = self._versions == [owner._version for owner in self._visit.owners]
+        return is_untouched or bool(self._loaded and all(map(torch.equal, self._visit.params, self._loaded)))
+
+    def _true_weights_as_left(self) -> dict[Tensor, Tensor]:
+        """The perturbed parameters at w; none where somebody has written others."""
+        return self._true_weights() if self._is_as_left() else {}
+
+    def _rest_at(self, saved: Saved) -> None:
+        """The weights have been moved, by a compiled step: w is in ``saved``."""
+        self._visit = Visit(saved.targets, saved.targets, saved)
+        self._versions, self._loaded = [owner._version for owner in saved.targets], []
+
     @torch.no_grad()
     def _go_home(self) -> None:
         """From where the weights rest to w, unless somebody has written others there."""
-        is_as_left = self._versions == [owner._version for owner in self._visit.owners]
-        if is_as_left or (self._loaded and all(map(torch.equal, self._visit.params, self._loaded))):
+        if self._is_as_left():
             self._visit.go_home()
         else:
             self._visit.forget()

@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from flatmin.optim.draws import Unready
-from flatmin.optim.engine import SharpnessAware
 from flatmin.optim.memory import Memory
-from flatmin.optim.space import Space, active_space
+from flatmin.optim.space import ActiveGroup, Space, active_space, every_space
 
 Gradients = Sequence[Tensor | None]
 
@@ -23,6 +22,7 @@ class Given(NamedTuple):
 
     Attributes:
         weights: The optimizer's parameters, in the order of its groups.
+        true: The same at w, where ``weights`` rest at w + eps between steps; empty elsewhere.
         frozen: The model's other parameters, by name.
         buffers: The model's buffers, by name.
         state: The base optimizer's tensors of each of its parameters.
@@ -32,6 +32,7 @@ class Given(NamedTuple):
     """
 
     weights: list[Tensor]
+    true: list[Tensor]
     frozen: dict[str, Tensor]
     buffers: dict[str, Tensor]
     state: list[dict[str, Tensor]]
@@ -47,7 +48,8 @@ class Scene:
     traced.
 
     Args:
-        optimizer: Whose groups, hyperparameters and names they are; it is left alone.
+        base: Whose groups and hyperparameters they are; it is left alone.
+        names: Of its parameters.
         given: What to copy.
 
     Attributes:
@@ -55,15 +57,16 @@ class Scene:
         memory: What pieces keep, in the copied state.
     """
 
-    def __init__(self, optimizer: SharpnessAware, given: Given) -> None:
-        real = list(optimizer._params())
+    def __init__(self, base: Optimizer, names: Mapping[Tensor, str], given: Given) -> None:
+        real = [param for group in base.param_groups for param in group["params"]]
         self.weights = [
             weight.detach().clone().requires_grad_(param.requires_grad)
-            for weight, param in zip(given.weights, real, strict=True)
+            for weight, param in zip(given.true or given.weights, real, strict=True)
         ]
         copy_of = dict(zip(real, self.weights, strict=True))
-        self._names = {copy_of[param]: name for param, name in optimizer._passes.names.items()}
-        self._base = _copy_of_base(optimizer.base, copy_of, given.state)
+        self._given = given
+        self._names = {copy_of[param]: name for param, name in names.items()}
+        self._base = _copy_of_base(base, copy_of, given.state)
         self.memory = Memory(self._base)
         wide = torch.float64 if any(weight.dtype == torch.float64 for weight in real) else torch.float32
         *pairs, number = given.numbers.unbind()
@@ -80,10 +83,11 @@ class Scene:
     def space(self, grads: Gradients) -> Space:
         """The parameters at w, with gradients found anywhere."""
         self._set_gradients(self.weights, grads)
-        space = active_space(self._base, self._names, self.memory)
-        numbers = {id(group): entries for group, entries in zip(self._base.param_groups, self._numbers, strict=True)}
-        groups = [replace(g, options={**g.options, **numbers[id(g.options)]}) for g in space.groups]
-        return replace(space, groups=groups)
+        return self._with_numbers(active_space(self._base, self._names, self.memory))
+
+    def trainable(self) -> Space:
+        """All parameters that can be trained, at w, without gradients."""
+        return self._with_numbers(every_space(self._base, self._names, self.memory))
 
     def step_base(self, owners: Sequence[Tensor], followed: Sequence[Tensor], corrections: Sequence[Tensor]) -> None:
         """The base optimizer's rule, and the corrections after it."""
@@ -100,6 +104,35 @@ class Scene:
         for owner, correction in zip(owners, corrections, strict=bool(corrections)):
             owner.sub_(signed_lr[owner] * correction)
         self.memory.commit(True, set(owners))
+
+    def undo_unless(self, is_taken: Tensor) -> None:
+        """Put weights and state back where the step is not taken."""
+        for weight, old in zip(self.weights, self._given.true or self._given.weights, strict=True):
+            weight.copy_(torch.where(is_taken, weight, old))
+        for weight, entries in zip(self.weights, self._given.state, strict=True):
+            own = self._base.state[weight]
+            for name, old in entries.items():
+                own[name] = torch.where(is_taken, own[name], old.to(own[name].dtype))
+
+    def write(self, weights: Sequence[Tensor], buffers: Mapping[str, Tensor], is_taken: Tensor | None) -> None:
+        """Put weights and state where they were read, unless the step is not taken, and buffers in any case."""
+        given = self._given
+        require_complete(given.state, self.state)
+        targets, values = list(given.weights), list(weights)
+        for old, new in zip(given.state, self.state, strict=True):
+            targets += old.values()
+            values += [new[name] for name in old]
+        for target, value in zip(targets, values, strict=True):
+            kept = value.to(target.dtype)
+            target.copy_(kept if is_taken is None else torch.where(is_taken, kept, target))
+        for name, value in buffers.items():
+            given.buffers[name].copy_(value)
+
+    def _with_numbers(self, space: Space) -> Space:
+        """The numbers that change from step to step as tensors in the groups' options."""
+        numbers = {id(group): entries for group, entries in zip(self._base.param_groups, self._numbers, strict=True)}
+        groups: list[ActiveGroup] = [replace(g, options={**g.options, **numbers[id(g.options)]}) for g in space.groups]
+        return replace(space, groups=groups)
 
     def _set_gradients(self, owners: Sequence[Tensor], grads: Gradients) -> None:
         for weight in self.weights:

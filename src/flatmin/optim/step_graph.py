@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from flatmin.optim.cuda_graph import CapturedStep, can_be_captured
 from flatmin.optim.draws import DECOMPOSITIONS, Draw, Unfit
-from flatmin.optim.engine import SharpnessAware
-from flatmin.optim.functional_step import FunctionalStep, LossModule
+from flatmin.optim.functional_model import LossModule
 from flatmin.optim.guard import Guard
+from flatmin.optim.host_side import OnePassSide, TwoPassSide
 from flatmin.optim.scene import Given
 
 Compiled = Callable[..., Sequence[Tensor]]
@@ -37,19 +37,16 @@ class StepGraph:
     """A step of one kind, compiled.
 
     Args:
-        optimizer: Whose step it is.
+        side: The host's part in it, and the function to trace.
         losses: The model with its loss function.
-        is_perturbed: What ``when`` says of the step.
         num_micro_batches: Parts of the batch with a perturbation each.
     """
 
-    def __init__(
-        self, optimizer: SharpnessAware, losses: LossModule, is_perturbed: bool, num_micro_batches: int
-    ) -> None:
-        self._optimizer = optimizer
+    def __init__(self, side: TwoPassSide | OnePassSide, losses: LossModule, num_micro_batches: int) -> None:
+        self._side = side
+        self._optimizer = optimizer = side.optimizer
         self._base = optimizer.base
         self._model = losses.model
-        self._is_perturbed = is_perturbed
         self._num_micro_batches = num_micro_batches
         self._params = list(optimizer._params())
         own = set(self._params)
@@ -62,7 +59,6 @@ class StepGraph:
         ]
         self._slots = [(param, name) for param in self._params for name in self._base.state.get(param, ())]
         self._guard = Guard(self._model, self._base, self._params)
-        self._function = FunctionalStep(optimizer, losses, is_perturbed, num_micro_batches)
         self._draws: list[Draw] = []
         self._names_measured: list[str] = []
         self._compiled: Compiled
@@ -82,14 +78,8 @@ class StepGraph:
             Unfit: It cannot be.
         """
         self._refuse_state_of_numbers()
-        self._optimizer._passes.clear_gradients()
-        replay = self._optimizer._passes.replay
-        assert replay is not None
-        replay.is_paused = True
-        try:
+        with self._side.undisturbed():
             graph, inputs = self._trace_either_way(batch)
-        finally:
-            replay.is_paused = False
         self._refuse_constants(graph)
         with torch.no_grad():
             self._compiled = backend(graph, inputs)
@@ -102,19 +92,16 @@ class StepGraph:
     def step(self, batch: Any) -> Tensor:
         """Take the step."""
         optimizer, diagnostics = self._optimizer, self._optimizer.diagnostics
-        optimizer._passes.plan.begin_step()
+        self._side.begin_step()
         inputs = self._inputs(batch, self._drawn())
         loss, last_loss, is_taken, *measured = self._compiled(*inputs)
         diagnostics.begin_step()
-        diagnostics.measure_losses(loss, last_loss if self._is_perturbed else None)
         for name, value in zip(self._names_measured, measured, strict=True):
             setattr(diagnostics, name, value)
-        groups = optimizer.param_groups
-        has_moved = self._is_perturbed and any(group["rho"] != 0.0 for group in groups if group.get("perturb", True))
         known = bool(is_taken) if is_taken.device.type == "cpu" else is_taken
-        diagnostics.count(has_moved, known)
+        self._side.end_step(loss, last_loss, known)
         if known is not False:
-            for group in groups:
+            for group in optimizer.param_groups:
                 group["num_steps"] += 1
         for stepped in (optimizer, self._base):
             setattr(stepped, "_opt_called", True)  # noqa: B010 - what a scheduler asks; torch declares it nowhere
@@ -124,11 +111,11 @@ class StepGraph:
         """With the channels last where convolutions run on a CPU; as they are where the model cannot have it so."""
         has_convolutions = any(param.dim() == 4 and param.is_cpu for param in self._params)
         if has_convolutions and self._num_micro_batches == 1:
-            self._function.channels_last = True
+            self._side.function.model.channels_last = True
             try:
                 return self._trace(batch)
             except (RuntimeError, ValueError):  # a view of what is no longer contiguous; anything else raises again
-                self._function.channels_last = False
+                self._side.function.model.channels_last = False
         return self._trace(batch)
 
     def _trace(self, batch: Any) -> tuple[GraphModule, list[Tensor]]:
@@ -138,7 +125,7 @@ class StepGraph:
         given, spec = tree_flatten(self._given(part, []))
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fake = [mode.from_tensor(leaf.detach()) if isinstance(leaf, Tensor) else leaf for leaf in given]
-            survey = self._function.look(tree_unflatten(fake, spec))
+            survey = self._side.function.model.look(tree_unflatten(fake, spec))
         if self._num_micro_batches > 1 and survey.changed_buffers:
             raise Unfit("micro-batches change the model's buffers one after another")
         self._draws = survey.draws
@@ -151,7 +138,7 @@ class StepGraph:
             raise Unfit("the batch holds something other than tensors")
 
         def flat_step(*flat: Any) -> list[Tensor]:
-            outcome = self._function(tree_unflatten(list(flat), spec))
+            outcome = self._side.function(tree_unflatten(list(flat), spec))
             self._names_measured = sorted(outcome.measured)
             return [
                 outcome.loss,
@@ -169,6 +156,7 @@ class StepGraph:
         base = self._base
         return Given(
             weights=self._params,
+            true=self._side.true,
             frozen=self._frozen,
             buffers={name: held[key] for name, held, key in self._buffers},
             state=[dict(base.state[param]) if param in base.state else {} for param in self._params],
@@ -182,6 +170,7 @@ class StepGraph:
         state = self._base.state
         return [
             *self._params,
+            *self._side.true,
             *self._frozen.values(),
             *[held[key] for _, held, key in self._buffers],
             *[state[param][name] for param, name in self._slots],

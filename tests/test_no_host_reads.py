@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import flatmin
+from fake_gpu import NothingWaits, send_
 from flatmin.optim.directions import Gradient
 from flatmin.optim.space import Space
 from optimizers import ALWAYS, METHODS, POLICIES, SAMON, SIMPLE, sgd
@@ -30,7 +29,6 @@ ROWS = [
     if row.name not in READS_THE_GRADIENT + DRAWS_ON_THE_HOST + OWN_SIGNATURE
 ]
 ADAM = partial(torch.optim.Adam, lr=0.1, capturable=True)
-COPIES = {torch.ops.aten._to_copy, torch.ops.aten.copy_}
 ONE_PASS = {
     "MSAM": lambda params: flatmin.MSAM(sgd(params), skip_nonfinite=False),
     "AdaptiveMSAM": lambda params: flatmin.AdaptiveMSAM(sgd(params), skip_nonfinite=False),
@@ -38,35 +36,12 @@ ONE_PASS = {
 }
 
 
-class NothingWaits(TorchDispatchMode):
-    """Refuses what copies between host and device while the host waits."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        sources, targets = (
-            {leaf.device.type for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
-            for tree in ((args, kwargs), found)
-        )
-        assert not ("cuda" in sources and "cpu" in targets), f"{func} brings a tensor to the host"
-        if func.overloadpacket in COPIES and "cpu" in sources and "cuda" in targets:
-            non_blocking = (kwargs or {}).get("non_blocking", args[2:3] == (True,))
-            assert non_blocking, f"{func} waits for a tensor to come to the device"
-        return found
-
-
 @pytest.fixture
 def model() -> Iterator[nn.Module]:
     """The tiny network on a CUDA device, without values, while operators act on such tensors."""
     network = tiny_network()
     with FakeTensorMode():
-        for module in network.modules():
-            for name, param in module._parameters.items():
-                if param is not None:
-                    tensor = torch.empty(param.shape, device="cuda")
-                    module._parameters[name] = nn.Parameter(tensor, param.requires_grad)
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
+        send_(network)
         with NothingWaits():
             yield network
 
@@ -156,7 +131,29 @@ class Fresh(Gradient):
         return [tensor * torch.ones(1).to(tensor.device) for tensor in super().__call__(space)]
 
 
-@pytest.mark.parametrize(("direction", "complaint"), [(Carried(), "brings"), (Fresh(), "waits")])
+class Chosen(Gradient):
+    """The positive part of the gradient, by a zero that ``where`` itself copies to the device."""
+
+    def __call__(self, space: Space) -> list[Tensor]:
+        return [torch.where(tensor > 0, tensor, torch.zeros(())) for tensor in super().__call__(space)]
+
+
+class Filled(Gradient):
+    """The gradient, filled with a number that ``masked_fill`` reads on the host."""
+
+    def __call__(self, space: Space) -> list[Tensor]:
+        return [tensor.masked_fill(tensor > 0, tensor.sum()) for tensor in super().__call__(space)]
+
+
+@pytest.mark.parametrize(
+    ("direction", "complaint"),
+    [
+        (Carried(), "brings a tensor"),
+        (Fresh(), "a tensor to"),
+        (Chosen(), "a number to"),
+        (Filled(), "brings a number"),
+    ],
+)
 def test_a_copy_between_host_and_device_is_noticed(direction, complaint, model):
     """A control."""
     base = sgd(model.parameters())

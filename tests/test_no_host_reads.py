@@ -102,6 +102,28 @@ def test_one_pass_methods_read_nothing(method, model):
     assert closure.num_calls >= 3
 
 
+@pytest.mark.parametrize("form", ["closure", "two steps"])
+@pytest.mark.parametrize("method", [flatmin.SAM, flatmin.USAM, flatmin.GSAM, flatmin.MSAM])
+def test_a_gradient_scaler_reads_nothing(method, form, model, monkeypatch):
+    """With a base that skips on the device; USAM depends on the scale, GSAM combines two scaled gradients."""
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    optimizer = method(torch.optim.Adam(model.parameters(), lr=0.1, fused=True))
+    scaler, closure = torch.amp.GradScaler("cuda"), Closure(model)
+    scaler.scale(torch.empty((), device="cuda"))  # creates its factor
+    for _ in range(2):
+        if form == "closure":
+            optimizer.step(closure, scaler=scaler)
+        else:
+            closure()
+            if method is not flatmin.MSAM:
+                optimizer.first_step(zero_grad=True, scaler=scaler)
+                closure()
+            scaler.step(optimizer)
+        scaler._per_optimizer_states.clear()  # what update() does, beside a kernel that fake tensors do not know
+    assert closure.num_calls == (2 if method is flatmin.MSAM else 4)
+    assert optimizer.diagnostics.num_skipped_steps.is_cuda
+
+
 def test_a_base_that_cannot_skip_on_the_device_is_asked_on_the_host(model):
     """A control, and what `skip_nonfinite` says of itself."""
     optimizer = flatmin.SAM(sgd(model.parameters()), model=model)

@@ -102,7 +102,7 @@ class Blend(Combine):
 
 
 def _unless_zero(radius: float | Tensor, factor: Tensor) -> Tensor:
-    """The factor, or 1 for a radius of 0; a radius that is no tensor must not become one, which a GPU would wait for."""
+    """The factor, or 1 for a radius of 0; a radius that is a number does not become a tensor, which would be sent."""
     if isinstance(radius, Tensor):  # in a traced step
         return torch.where(radius == 0, 1.0, factor)
     return factor if radius else torch.ones_like(factor)

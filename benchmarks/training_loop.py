@@ -7,7 +7,6 @@ number of batches in turn. Noted is the part of our time in which no step of the
 passes.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -74,7 +73,11 @@ def case_of(config: TrainConfig, images: Tensor, num_batches: int, options: Opti
     if reason is None:
         contenders["two_steps"] = timed(two_steps(config.model, images, num_batches, options), options.device)
     seconds = interleaved(contenders, options.rounds(5))
-    facts = {"threads": options.threads, "images": num_batches * BATCH_SIZE, "share_outside": ours.share_outside()}
+    facts = {
+        "threads": options.threads,
+        "images": num_batches * BATCH_SIZE,
+        "share_outside": ours.share_outside(options.device),
+    }
     reference = "flatmin" if reason else "two_steps"
     return Case(seconds, reference, facts=facts, skipped={"two_steps": reason} if reason else {})
 
@@ -95,20 +98,19 @@ class Ours:
             take_step(self.config, self.fabric, self.state, batch)
         self.epoch += 1
 
-    def share_outside(self) -> float:
+    def share_outside(self, device: str) -> float:
         """The part of the time outside the optimizer's step, whose closure makes the passes: batches and metrics."""
         optimizer: Any = self.state.optimizer
         step: Callable[..., Any] = optimizer.step
         inside: list[float] = []
 
         def measured(*arguments: Any, **options: Any) -> Any:
-            start = time.perf_counter()
-            result = step(*arguments, **options)
-            inside.append(time.perf_counter() - start)
-            return result
+            results: list[Any] = []
+            inside.append(timed(lambda: results.append(step(*arguments, **options)), device)())
+            return results[0]
 
         optimizer.step = measured
-        whole = timed(self)()
+        whole = timed(self, device)()
         optimizer.step = step
         return 1 - sum(inside) / whole
 

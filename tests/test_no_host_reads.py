@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import flatmin
 from fake_gpu import NothingWaits, send_
 from flatmin.optim.directions import Gradient
+from flatmin.optim.perturbation import Saved
 from flatmin.optim.space import Space
 from optimizers import ALWAYS, METHODS, POLICIES, SAMON, SIMPLE, sgd
 from problems import tiny_network
@@ -188,3 +189,10 @@ def test_an_operator_on_several_devices_is_refused(model):
     """A control."""
     with pytest.raises(RuntimeError, match="cuda"):
         next(model.parameters()) + torch.ones(1)
+
+
+def test_what_weights_in_host_memory_have_moved_by(model):
+    """The diagnostics of ``save_to="host"``, whose copies are in pinned memory."""
+    here = [param.detach() for param in model.parameters()]
+    saved = Saved(here, [torch.empty(param.shape) for param in here])
+    assert {moved.device.type for moved in saved.difference()} == {"cuda"}

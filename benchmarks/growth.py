@@ -37,6 +37,8 @@ def measure(options: Options) -> Iterator[tuple[str, Case]]:
     """Each size of each axis in turn."""
     with torch_threads(options.threads):
         for axis, sizes in SIZES.items():
+            if axis == "ranks" and options.device != "cpu":  # gloo's are
+                continue
             for size in sizes[:1] if options.quick else sizes:
                 yield f"{axis} {size}", case_of(axis, size, options)
 

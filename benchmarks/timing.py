@@ -64,7 +64,7 @@ def ratio(values: Sequence[float], reference: Sequence[float]) -> Ratio:
 def synchronise(device: str) -> None:
     """Wait until an accelerator has finished."""
     if device != "cpu":
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(device)
 
 
 @contextmanager

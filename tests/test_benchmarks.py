@@ -52,6 +52,22 @@ def test_turns_alternate_and_warm_up_is_left_out():
     assert seconds == {"a": [4.0, 5.0, 8.0, 9.0], "b": [3.0, 6.0, 7.0, 10.0]}
 
 
+def test_the_clock_runs_until_the_asked_device_has_finished(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", calls.append)
+    assert timing.timed(lambda: calls.append("run"), "cuda:1")() > 0.0
+    assert calls == ["cuda:1", "run", "cuda:1"]
+
+
+@pytest.mark.parametrize("name", ["methods", "optimizer-step"])
+def test_what_runs_on_a_cpu_alone_is_recorded_so(name, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", name, "--device", "cuda"])
+    arguments = command.parsed()
+    is_moved = name != "methods"
+    assert command.device_of(name, arguments) == ("cuda" if is_moved else "cpu")
+    assert ("--device cuda" in command.command_of(name, arguments)) == is_moved
+
+
 def test_the_ratio_is_that_of_the_same_rounds():
     """A slow hour doubles both; the medians' ratio would be that of other rounds."""
     reference = [1.0, 2.0, 1.0, 4.0, 1.0]

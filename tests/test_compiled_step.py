@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import flatmin
 from flatmin.optim import WarmUp
+from flatmin.optim.draws import RecordedPass, Unfit
 from flatmin.optim.step_graph import with_inductor
 from optimizers import METHODS, POLICIES, SIMPLE, Row, sgd
 from problems import NUM_BATCHES, batches, tiny_network
@@ -258,6 +259,66 @@ def test_rho_schedules_and_lr_schedulers_go_on():
         runs.append((model, optimizer, step, losses))
     assert runs[1][2].num_graphs == 1
     assert_same(runs[1], runs[0])
+
+
+class _Attention(nn.Module):
+    """One head over the five entries of an input; dropout is after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.drop, self.read = nn.Linear(1, 12), nn.Dropout(0.4), nn.Linear(4, 3)
+
+    def forward(self, inputs):
+        query, key, value = self.embed(inputs[..., None]).chunk(3, dim=-1)
+        heads = (each[:, None] for each in (query, key, value))
+        found = nn.functional.scaled_dot_product_attention(*heads)
+        return self.read(self.drop(found).mean(dim=(1, 2)))
+
+
+def test_attention_without_dropout_draws_nothing():
+    """Torch tags its fused forms as random whether they drop anything or not."""
+
+    def make():
+        torch.manual_seed(0)
+        return _Attention().double()
+
+    row = Row("SAM", flatmin.SAM)
+    eager, compiled = (trained(row, compiled=is_it, num_steps=8, make=make) for is_it in (False, True))
+    assert compiled[2].reason is None
+    assert_same(compiled, eager)
+
+
+def test_attention_with_dropout_is_refused():
+    query = torch.randn(1, 1, 4, 8, requires_grad=True)
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with RecordedPass() as recorded:
+        attention(query, query, query)
+        attention(query, query, query, dropout_p=0.0)
+    assert not recorded.draws
+    with pytest.raises(Unfit, match="flash_attention"), RecordedPass():
+        attention(query, query, query, 0.1)
+
+
+def test_a_slice_of_a_larger_batch_is_compiled():
+    """A compiler relies on the strides of the example."""
+    laid_out = []
+
+    def relying_on_strides(graph, inputs):
+        laid_out.extend(tensor.stride() for tensor in inputs)
+
+        def compiled(*given):
+            assert [tensor.stride() for tensor in given] == laid_out
+            return graph(*given)
+
+        return compiled
+
+    model = network()
+    optimizer = flatmin.SAM(sgd(model.parameters()), model=model)
+    step = flatmin.compile_step(model, loss_fn, optimizer, backend=relying_on_strides)
+    for inputs, labels in batches(torch.float64)[:3]:
+        step((torch.cat([inputs, inputs], dim=1)[:, :5], labels))
+    assert step.reason is None
+    assert (10, 1) in laid_out
 
 
 class _OwnGenerator(nn.Linear):

@@ -107,6 +107,30 @@ def test_a_fused_base_that_cannot_read_the_flag_is_skipped_by_the_host():
     assert optimizer.diagnostics.num_skipped_steps == 1
 
 
+@pytest.mark.parametrize("method", [flatmin.SAM, flatmin.MSAM])
+def test_a_skipped_first_step_leaves_no_trace_in_the_momentum_of_a_fused_sgd(method):
+    """Torch's own kernel returns early then, after the momentum's memory was taken as it was found."""
+
+    def trained(factors):
+        junk = [torch.full((1000,), 7.0) for _ in range(50)]
+        weights = nn.Parameter(torch.ones(1000))
+        base = torch.optim.SGD([weights], lr=0.1, momentum=0.9, dampening=0.5, fused=True)
+        del junk  # what memory that nobody fills may hold
+        optimizer = method(base)
+        for factor in factors:
+            optimizer.zero_grad()
+            optimizer.step(lambda factor=factor: _backward((weights * factor).square().sum()))
+        assert optimizer.diagnostics.num_skipped_steps == len(factors) - 2
+        return weights.detach()
+
+    assert torch.equal(trained([float("nan"), 1.0, 1.0]), trained([1.0, 1.0]))
+
+
+def _backward(loss):
+    loss.backward()
+    return loss
+
+
 def _constructible_bases():
     takes_dense_closure_free = {"LBFGS", "SparseAdam", "Optimizer", "Adadelta", "Muon"}
     return [

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import flatmin
+from fake_gpu import NothingWaits, send_
 from flatmin.optim.directions import Gradient
+from flatmin.optim.perturbation import Saved
 from flatmin.optim.space import Space
 from optimizers import ALWAYS, METHODS, POLICIES, SAMON, SIMPLE, sgd
 from problems import tiny_network
@@ -30,7 +30,6 @@ ROWS = [
     if row.name not in READS_THE_GRADIENT + DRAWS_ON_THE_HOST + OWN_SIGNATURE
 ]
 ADAM = partial(torch.optim.Adam, lr=0.1, capturable=True)
-COPIES = {torch.ops.aten._to_copy, torch.ops.aten.copy_}
 ONE_PASS = {
     "MSAM": lambda params: flatmin.MSAM(sgd(params), skip_nonfinite=False),
     "AdaptiveMSAM": lambda params: flatmin.AdaptiveMSAM(sgd(params), skip_nonfinite=False),
@@ -38,35 +37,12 @@ ONE_PASS = {
 }
 
 
-class NothingWaits(TorchDispatchMode):
-    """Refuses what copies between host and device while the host waits."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        sources, targets = (
-            {leaf.device.type for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
-            for tree in ((args, kwargs), found)
-        )
-        assert not ("cuda" in sources and "cpu" in targets), f"{func} brings a tensor to the host"
-        if func.overloadpacket in COPIES and "cpu" in sources and "cuda" in targets:
-            non_blocking = (kwargs or {}).get("non_blocking", args[2:3] == (True,))
-            assert non_blocking, f"{func} waits for a tensor to come to the device"
-        return found
-
-
 @pytest.fixture
 def model() -> Iterator[nn.Module]:
     """The tiny network on a CUDA device, without values, while operators act on such tensors."""
     network = tiny_network()
     with FakeTensorMode():
-        for module in network.modules():
-            for name, param in module._parameters.items():
-                if param is not None:
-                    tensor = torch.empty(param.shape, device="cuda")
-                    module._parameters[name] = nn.Parameter(tensor, param.requires_grad)
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
+        send_(network)
         with NothingWaits():
             yield network
 
@@ -127,6 +103,28 @@ def test_one_pass_methods_read_nothing(method, model):
     assert closure.num_calls >= 3
 
 
+@pytest.mark.parametrize("form", ["closure", "two steps"])
+@pytest.mark.parametrize("method", [flatmin.SAM, flatmin.USAM, flatmin.GSAM, flatmin.MSAM])
+def test_a_gradient_scaler_reads_nothing(method, form, model, monkeypatch):
+    """With a base that skips on the device; USAM depends on the scale, GSAM combines two scaled gradients."""
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    optimizer = method(torch.optim.Adam(model.parameters(), lr=0.1, fused=True))
+    scaler, closure = torch.amp.GradScaler("cuda"), Closure(model)
+    scaler.scale(torch.empty((), device="cuda"))  # creates its factor
+    for _ in range(2):
+        if form == "closure":
+            optimizer.step(closure, scaler=scaler)
+        else:
+            closure()
+            if method is not flatmin.MSAM:
+                optimizer.first_step(zero_grad=True, scaler=scaler)
+                closure()
+            scaler.step(optimizer)
+        scaler._per_optimizer_states.clear()  # what update() does, beside a kernel that fake tensors do not know
+    assert closure.num_calls == (2 if method is flatmin.MSAM else 4)
+    assert optimizer.diagnostics.num_skipped_steps.is_cuda
+
+
 def test_a_base_that_cannot_skip_on_the_device_is_asked_on_the_host(model):
     """A control, and what `skip_nonfinite` says of itself."""
     optimizer = flatmin.SAM(sgd(model.parameters()), model=model)
@@ -156,7 +154,29 @@ class Fresh(Gradient):
         return [tensor * torch.ones(1).to(tensor.device) for tensor in super().__call__(space)]
 
 
-@pytest.mark.parametrize(("direction", "complaint"), [(Carried(), "brings"), (Fresh(), "waits")])
+class Chosen(Gradient):
+    """The positive part of the gradient, by a zero that ``where`` itself copies to the device."""
+
+    def __call__(self, space: Space) -> list[Tensor]:
+        return [torch.where(tensor > 0, tensor, torch.zeros(())) for tensor in super().__call__(space)]
+
+
+class Filled(Gradient):
+    """The gradient, filled with a number that ``masked_fill`` reads on the host."""
+
+    def __call__(self, space: Space) -> list[Tensor]:
+        return [tensor.masked_fill(tensor > 0, tensor.sum()) for tensor in super().__call__(space)]
+
+
+@pytest.mark.parametrize(
+    ("direction", "complaint"),
+    [
+        (Carried(), "brings a tensor"),
+        (Fresh(), "a tensor to"),
+        (Chosen(), "a number to"),
+        (Filled(), "brings a number"),
+    ],
+)
 def test_a_copy_between_host_and_device_is_noticed(direction, complaint, model):
     """A control."""
     base = sgd(model.parameters())
@@ -169,3 +189,10 @@ def test_an_operator_on_several_devices_is_refused(model):
     """A control."""
     with pytest.raises(RuntimeError, match="cuda"):
         next(model.parameters()) + torch.ones(1)
+
+
+def test_what_weights_in_host_memory_have_moved_by(model):
+    """The diagnostics of ``save_to="host"``, whose copies are in pinned memory."""
+    here = [param.detach() for param in model.parameters()]
+    saved = Saved(here, [torch.empty(param.shape) for param in here])
+    assert {moved.device.type for moved in saved.difference()} == {"cuda"}

@@ -157,6 +157,8 @@ def test_a_seed_changes_nothing_for_wide_weights():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 @pytest.mark.parametrize("dtype", NARROW)
 def test_a_gpu_rounds_as_the_closed_form_says_and_the_host_does_not_wait(dtype):
     value, below, above = BETWEEN[dtype][0]

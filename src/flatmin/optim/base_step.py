@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from flatmin.optim.freshness import mark_used
 from flatmin.optim.progress import require
@@ -35,8 +35,8 @@ def unscale_(space: Space, scale: Tensor) -> None:
 def guarded_step(base: Optimizer, space: Space, *, found_inf: Tensor | None, looks: bool) -> bool | Tensor:
     """Take the base optimizer's step, or leave parameters and state as they are where a gradient is not finite.
 
-    An optimizer that supports gradient scalers (torch's fused ones) reads that on the device. For any other the host
-    reads it, which on a CPU waits for nothing.
+    An optimizer that supports gradient scalers (torch's fused ones) reads that on the device. For any other, and in the
+    first step of an SGD with momentum, the host reads it, which on a CPU waits for nothing.
 
     Args:
         base: The optimizer.
@@ -53,7 +53,7 @@ def guarded_step(base: Optimizer, space: Space, *, found_inf: Tensor | None, loo
     is_finite = space.norm(space.grads, math.inf).isfinite()
     if found_inf is not None:
         is_finite = is_finite & (found_inf.to(is_finite.device) == 0)
-    if getattr(base, "_step_supports_amp_scaling", False):  # torch's own protocol
+    if getattr(base, "_step_supports_amp_scaling", False) and not _creates_momentum(base):  # torch's own protocol
         fused: Any = base
         fused.found_inf = is_finite.logical_not().float()  # where such an optimizer looks for it
         try:
@@ -65,6 +65,15 @@ def guarded_step(base: Optimizer, space: Space, *, found_inf: Tensor | None, loo
         base.step()
         return True
     return False
+
+
+def _creates_momentum(base: Optimizer) -> bool:
+    """Whether the coming step is SGD's first: skipped on the device, its fused form leaves momentum without values."""
+    if not isinstance(base, SGD):
+        return False
+    moved = [group["params"] for group in base.param_groups if group["momentum"] != 0.0]
+    firsts = (next((param for param in params if param.grad is not None), None) for params in moved)
+    return any(p is not None and base.state.get(p, {}).get("momentum_buffer") is None for p in firsts)
 
 
 def take_base_step(optimizer: Wrapper, passes: TwoPass, scaler: GradScaler | None, *, skips_nonfinite: bool) -> None:

@@ -96,9 +96,16 @@ class Blend(Combine):
         """``g / ||g||``, scaled as the loss; g itself in groups that are not perturbed."""
         length = space.norm(clean)
         unit = torch.where(length == 0, 0.0, (1.0 if space.loss_scale is None else space.loss_scale) / length)
-        radii = [torch.as_tensor(g.radius if g.options.get("perturb", True) else 0.0) for g in space.groups]
-        factors = space.per_param([torch.where(radius == 0, 1.0, unit) for radius in radii])
+        radii = [g.radius if g.options.get("perturb", True) else 0.0 for g in space.groups]
+        factors = space.per_param([_unless_zero(radius, unit) for radius in radii])
         return [g * factor.to(g.device, g.dtype) for g, factor in zip(clean, factors, strict=True)]
+
+
+def _unless_zero(radius: float | Tensor, factor: Tensor) -> Tensor:
+    """The factor, or 1 for a radius of 0; a radius that is a number does not become a tensor, which would be sent."""
+    if isinstance(radius, Tensor):  # in a traced step
+        return torch.where(radius == 0, 1.0, factor)
+    return factor if radius else torch.ones_like(factor)
 
 
 class Decoupled(Combine):

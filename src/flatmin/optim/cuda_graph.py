@@ -1,9 +1,12 @@
 """Capture a compiled step as a CUDA graph: one launch instead of one for each kernel."""
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
 
 _NUM_WARM_UPS = 3  # calls on a side stream before the capture, in which libraries choose their kernels
 
@@ -13,7 +16,8 @@ class CapturedStep:
 
     Inputs that keep their memory (weights, buffers, state) are read and written where they are; others (the batch,
     random numbers) are copied to where the graph reads them. Where an input that was written has moved, as after
-    loading a checkpoint, the graph is captured again.
+    loading a checkpoint, the graph is captured again. A function that cannot be captured is called as it is, with a
+    warning.
 
     Args:
         function: Writes into its inputs only; every tensor that it touches is on the GPU.
@@ -28,19 +32,26 @@ class CapturedStep:
         self._addresses: list[int] = []
         self._copied: list[Tensor] = []
         self._outputs: Sequence[Tensor] = ()
+        self._is_refused = False
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         """Call the function, by replaying it where it was captured."""
+        if self._is_refused:
+            return self._function(*inputs)
         self._num_calls += 1
         if self._num_calls <= _NUM_WARM_UPS:
             return self._warm_up(inputs)
         resident, passing = inputs[: self._num_resident], inputs[self._num_resident :]
         addresses = [tensor.data_ptr() for tensor in resident]
         if self._graph is None or addresses != self._addresses:
-            self._capture(resident, passing)
+            try:
+                self._capture(resident, passing)
+            except RuntimeError as error:
+                self._refuse(error)
+                return self._function(*inputs)
             self._addresses = addresses
         for target, value in zip(self._copied, passing, strict=True):
-            target.copy_(value, non_blocking=True)
+            _memory(target).copy_(_memory(value), non_blocking=True)
         assert self._graph is not None
         self._graph.replay()
         return [output.clone() for output in self._outputs]  # the next replay writes into them
@@ -56,12 +67,35 @@ class CapturedStep:
         return outputs
 
     def _capture(self, resident: Sequence[Tensor], passing: Sequence[Tensor]) -> None:
-        self._copied = [tensor.clone() for tensor in passing]
+        self._copied = [copy_as_laid_out(tensor) for tensor in passing]
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):  # records what would run, and runs nothing
+        # It records what would run, and runs nothing. Meanwhile other threads may pin memory, as data loaders do.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._outputs = self._function(*resident, *self._copied)
 
+    def _refuse(self, error: RuntimeError) -> None:
+        self._is_refused, self._graph, self._copied, self._outputs = True, None, [], ()
+        first_line = str(error).strip().partition("\n")[0]
+        warnings.warn(
+            f"compile_step launches its kernels one by one: no CUDA graph holds them, {first_line}", stacklevel=5
+        )
 
-def can_be_captured(inputs: Sequence[Tensor]) -> bool:
-    """Whether every input is on one GPU; an optimizer that counts steps on the CPU stands in the way."""
-    return inputs[0].is_cuda and all(tensor.device == inputs[0].device for tensor in inputs)
+
+def can_be_captured(graph: GraphModule, inputs: Sequence[Tensor]) -> bool:
+    """Whether all that a traced function touches is on one GPU: a graph holds no copy from or to pageable memory."""
+    values = [leaf for node in graph.graph.nodes for leaf in tree_leaves(node.meta.get("val"))]
+    tensors = [*inputs, *(value for value in values if isinstance(value, Tensor))]
+    return inputs[0].is_cuda and all(tensor.device == inputs[0].device for tensor in tensors)
+
+
+def copy_as_laid_out(tensor: Tensor) -> Tensor:
+    """A copy with the same strides, for which a graph is compiled; ``clone`` closes the gaps of a slice."""
+    return _memory(tensor).clone().as_strided(tensor.shape, tensor.stride())
+
+
+def _memory(tensor: Tensor) -> Tensor:
+    """The memory from the first entry of a tensor to its last one, as a vector."""
+    if tensor.numel() == 0:
+        return tensor.new_empty(0)
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((last + 1,), (1,))

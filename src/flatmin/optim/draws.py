@@ -62,7 +62,7 @@ class RecordedPass(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Run the operation, and note it."""
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if _draws(func, args, kwargs or {}):
             self.draws.append(_recipe(func, args, kwargs or {}))
         if func in HONEST and args[5]:
             self.written |= {id(args[3]), id(args[4])}
@@ -82,7 +82,7 @@ class PreparedDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Run the operation, or give it its draw."""
-        if torch.Tag.nondeterministic_seeded not in func.tags:
+        if not _draws(func, args, kwargs or {}):
             return func(*args, **(kwargs or {}))
         draw = next(self._draws)
         if func in _IN_PLACE:
@@ -115,6 +115,17 @@ HONEST = {_aten.native_batch_norm.default: _batch_norm, _aten.cudnn_batch_norm.d
 
 DECOMPOSITIONS = {**HONEST, _aten.cudnn_batch_norm_backward.default: _cudnn_batch_norm_backward}
 """The same with its derivative, for ``make_fx``."""
+
+
+def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation draws random numbers; attention and recurrent layers are tagged so without dropout too."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.name in ("dropout_p", "dropout"):
+            given = args[index] if index < len(args) else kwargs.get(argument.name, argument.default_value)
+            return bool(given)
+    return True
 
 
 def _recipe(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Draw:

@@ -55,7 +55,7 @@ class Saved:
         """What the parameters have moved by, in float32 or wider."""
         values = self.values + [value for kept in self.kept for value in kept.values()]
         pairs = zip(self.moved(), values, strict=True)
-        return [_wide(target) - _wide(value.to(target.device)) for target, value in pairs]
+        return [_wide(target) - _wide(value.to(target.device, non_blocking=True)) for target, value in pairs]
 
 
 @dataclass(frozen=True)

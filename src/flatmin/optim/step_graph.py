@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from flatmin.optim.cuda_graph import CapturedStep, can_be_captured
+from flatmin.optim.cuda_graph import CapturedStep, can_be_captured, copy_as_laid_out
 from flatmin.optim.draws import DECOMPOSITIONS, Draw, Unfit
 from flatmin.optim.functional_model import LossModule
 from flatmin.optim.guard import Guard
@@ -77,14 +77,15 @@ class StepGraph:
         Raises:
             Unfit: It cannot be.
         """
-        self._refuse_state_of_numbers()
+        self._refuse_state_on_the_host()
         with self._side.undisturbed():
             graph, inputs = self._trace_either_way(batch)
         self._refuse_constants(graph)
+        is_on_gpu = can_be_captured(graph, inputs)
         with torch.no_grad():
             self._compiled = backend(graph, inputs)
-            self._compiled(*[tensor.clone() for tensor in inputs])  # a trial: what fails must leave no trace
-        if can_be_captured(inputs):
+            self._compiled(*map(copy_as_laid_out, inputs))  # a trial: what fails must leave no trace
+        if is_on_gpu:
             num_passing = len(tree_leaves(batch)) + len(self._draws) + 1
             self._compiled = CapturedStep(self._compiled, len(inputs) - num_passing)
 
@@ -186,11 +187,11 @@ class StepGraph:
             if not group["rho"] >= 0.0:
                 raise ValueError(f"rho must be >= 0, got {group['rho']}")
             lr = group["lr"]
-            values += [0.0 if isinstance(lr, Tensor) else lr, group["rho"]]
+            values += [0.0 if _is_elsewhere(lr) else float(lr), group["rho"]]
         numbers = torch.tensor([*values, groups[0]["num_steps"]], dtype=torch.float64)
         numbers = numbers.to(self._params[0].device, non_blocking=True)
         for index, group in enumerate(groups):
-            if isinstance(group["lr"], Tensor):
+            if _is_elsewhere(group["lr"]):
                 numbers[2 * index] = group["lr"]
         return numbers
 
@@ -201,9 +202,14 @@ class StepGraph:
         by_part = [[draw() for draw in self._draws] for _ in range(self._num_micro_batches)]
         return [torch.stack(same) for same in zip(*by_part, strict=True)]
 
-    def _refuse_state_of_numbers(self) -> None:
+    def _refuse_state_on_the_host(self) -> None:
         if not all(isinstance(self._base.state[param][name], Tensor) for param, name in self._slots):
             raise Unfit(f"{type(self._base).__name__} keeps numbers in its state that are no tensors")
+        if any(self._base.state[param][name].device != param.device for param, name in self._slots):
+            raise Unfit(
+                f"{type(self._base).__name__} counts its steps in host memory: build it with capturable=True, "
+                "or fused=True, where it has that"
+            )
 
     def _refuse_constants(self, graph: GraphModule) -> None:
         """Refuse weights that the model or the loss function holds where they cannot be replaced."""
@@ -213,3 +219,8 @@ class StepGraph:
             if isinstance(constant, Tensor) and not isinstance(constant, FakeTensor):
                 if constant.requires_grad or constant.data_ptr() in weights:
                     raise Unfit("the loss depends on weights that are no parameters of the model by name")
+
+
+def _is_elsewhere(number: float | Tensor) -> bool:
+    """Whether the host would wait for it."""
+    return isinstance(number, Tensor) and not number.is_cpu

@@ -24,7 +24,8 @@ def num_examples(batch: Any) -> int:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """``batch`` with every tensor on ``device``; mappings become dictionaries."""
-    return _map(lambda tensor: tensor.to(device, non_blocking=True), batch)
+    can_wait = device.type != "cpu"  # for a tensor on its way to the host nobody would
+    return _map(lambda tensor: tensor.to(device, non_blocking=can_wait), batch)
 
 
 def micro_batches(batch: Any, size: int) -> list[Any]:

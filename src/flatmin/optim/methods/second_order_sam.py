@@ -40,7 +40,7 @@ class SecondOrderSAM(Wrapper):
 
     Args:
         base: The optimizer that takes the step; its parameters must be those of ``model``, all or some.
-        rho: Radius, ``>= 0``, a group entry; with 0 this is the base optimizer.
+        rho: Radius, ``>= 0``, a group entry; with 0 this is the base optimizer. The default is SAM's.
         model: The module that the closure calls; no wrapper that reduces gradients (DistributedDataParallel).
         skip_nonfinite: Skip a step with a gradient that is not finite.
         rho_schedule: Sets every group's rho before each step.

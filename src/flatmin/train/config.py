@@ -111,7 +111,7 @@ class TrainConfig:
     ascent_steps: int = 1
     """Ascent steps to the perturbed weights, each with a pass of its own."""
     second_order: bool = False
-    """Keep the term of second order that sam drops, at two and a half times its cost."""
+    """Keep the term of second order that sam drops, which takes a backward pass through a backward pass."""
     true_ascent_gradient: bool = True
     """Climb along the true gradient of a Shake-Shake or ShakeDrop network, not the one with the gates of its backward
     pass, as in the authors' release."""

@@ -35,8 +35,8 @@ class SecondOrderSAM(Wrapper):
     twice, and both times through ``model``, at w and at w + eps; the weights themselves are not moved. The second call
     sees the random numbers of the first and leaves no trace in buffers.
 
-    Cost: the passes of SAM and a backward pass through the first backward pass, about two and a half times the time of
-    SAM on a CPU; the graphs of both passes are alive at once. Every operation must have a second derivative.
+    Cost: the passes of SAM and a backward pass through the first backward pass; the graphs of both passes are alive at
+    once. Every operation must have a second derivative.
 
     Args:
         base: The optimizer that takes the step; its parameters must be those of ``model``, all or some.

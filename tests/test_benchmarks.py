@@ -74,7 +74,7 @@ def test_a_peer_that_is_not_installed_is_skipped_and_said_so(monkeypatch):
     model, batch = networks.network("small-mlp")
     steps, skipped = compiled_step.peers_of(model, batch, 1, QUICK)
     assert steps == {}
-    assert "pytorch_optimizer not installed: pip install flatmin[bench]" in skipped["pytorch_optimizer_sam"]
+    assert "pytorch_optimizer not installed: pip install 'flatmin[bench]'" in skipped["pytorch_optimizer_sam"]
     assert "jax and optax not installed" in skipped["optax_sam"]
 
 

@@ -222,7 +222,7 @@ class TrainConfig:
     threads: int | None = None
     """CPU threads of torch; None leaves torch's choice."""
     compile: bool = False
-    """Compile the network's training passes with torch.compile: the first step takes a minute, the others less."""
+    """Compile the network's training passes with torch.compile: the first step takes a minute, the others may gain."""
 
     data_dir: Path = Path("data")
     """Directory with the data sets."""

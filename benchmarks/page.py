@@ -52,7 +52,11 @@ def provenance(found: Result) -> str:
     """How to measure it again, and where it was measured."""
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items() if name in SHOWN)
     path = f"benchmarks/results/{found['benchmark'].replace('-', '_')}.json"
-    return f"`{found['command']}` on {found['device']}; {versions}; every value is in `{path}`."
+    command = f"`{found['command']}`"
+    if not found["command"].startswith("python -m benchmarks"):  # a script that has no command of its own any more
+        older = f"these numbers are of commit {found['commit'][:10]}, where it was {command},"
+        command = f"`python -m benchmarks {found['benchmark']}`; {older}"
+    return f"{command} on {found['device']}; {versions}; every value is in `{path}`."
 
 
 PICTURES = {

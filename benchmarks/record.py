@@ -19,7 +19,7 @@ from benchmarks.timing import Ratio, ratio
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "torchvision", "numpy", "pytorch_optimizer", "jax", "optax", "ray", "curvlinops-for-pytorch")
-INSTALL = "pip install flatmin[bench]"
+INSTALL = "pip install 'flatmin[bench]'"
 
 
 @dataclass(frozen=True)

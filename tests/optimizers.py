@@ -112,7 +112,15 @@ METHODS = (
     Row("USAM", flatmin.USAM, invalid=(({"share": 1.5}, "share must be in \\[0, 1\\] or None, got 1.5"),)),
     Row("USAM-half", flatmin.USAM, {"share": 0.5}),
     Row("USAM-unified", flatmin.USAM, {"share": None}),
-    Row("LESAM", flatmin.LESAM, {"sigma": 0.1}, invalid=(({"sigma": -1.0}, "sigma must be >= 0"),)),
+    Row(
+        "LESAM",
+        flatmin.LESAM,
+        {"sigma": 0.1},
+        invalid=(
+            ({"sigma": -1.0}, "sigma must be >= 0"),
+            ({"decay_start": 1.0}, "decay_start must be in \\[0, 1\\), got 1.0"),
+        ),
+    ),
     Row("ZSharp", flatmin.ZSharp, {"quantile": 0.6}, invalid=(({"quantile": 1.0}, "quantile must be in"),)),
     Row("ZSharp-joint", flatmin.ZSharp, {"quantile": 0.6, "joint_vectors": True}),
     Row("GSAM", flatmin.GSAM, num_copies=2, invalid=(*_ALPHA, ({"minimised": "both"}, "minimised must be"))),

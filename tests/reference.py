@@ -118,8 +118,15 @@ def unified_sam(w: Weights, gradient: Gradient, rhos: Sequence[float], memory: d
     return gradient([a + rho * (1 - weight + weight / norm(g)) * b for a, b, rho in zip(w, g, rhos, strict=True)])
 
 
-def le_sam(w: Weights, gradient: Gradient, rhos: Sequence[float], memory: dict, *, sigma: float) -> Weights:
-    """LE-SAM: radius min(sigma / ||g||, rho)."""
+def le_sam(
+    w: Weights, gradient: Gradient, rhos: Sequence[float], memory: dict, *, sigma: float, num_steps: int | None = None,
+    decay_start: float = 0.0,
+) -> Weights:  # fmt: skip
+    """LE-SAM: radius min(sigma_t / ||g||, rho); from decay_start on sigma_t falls to 0 along half a cosine."""
+    t = memory["t"] = memory.get("t", -1) + 1
+    first = 0 if num_steps is None else decay_start * num_steps
+    if num_steps is not None and t > first:
+        sigma = sigma * math.cos(math.pi / 2 * (t - first) / (num_steps - first)) ** 2
     g = gradient(w)
     radii = [min(sigma / float(norm(g)), rho) for rho in rhos]
     return gradient(to_sphere(w, g, radii))

@@ -90,7 +90,7 @@ def test_a_peer_that_is_not_installed_is_skipped_and_said_so(monkeypatch):
     model, batch = networks.network("small-mlp")
     steps, skipped = compiled_step.peers_of(model, batch, 1, QUICK)
     assert steps == {}
-    assert "pytorch_optimizer not installed: pip install flatmin[bench]" in skipped["pytorch_optimizer_sam"]
+    assert "pytorch_optimizer not installed: pip install 'flatmin[bench]'" in skipped["pytorch_optimizer_sam"]
     assert "jax and optax not installed" in skipped["optax_sam"]
 
 
@@ -149,7 +149,15 @@ def test_the_page_follows_a_result(tmp_path):
     assert "| cnn | 1 | 16 | 1 s | 3.00 (3.00–3.30) | 0.50 (0.50–0.50) |" in text
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
+    assert "`python -m benchmarks micro-batches` on " in text
     assert "Not measured yet" in page.filled("<!-- growth -->\n<!-- end -->", tmp_path)
+
+
+def test_a_result_of_a_script_that_is_no_more_names_the_command_of_today():
+    found = {"benchmark": "lanczos", "command": "python benchmarks/lanczos.py", "commit": "0123456789abcdef"}
+    text = page.provenance({**found, "device": "a CPU", "versions": {"torch": "2.15.0"}})
+    assert text.startswith("`python -m benchmarks lanczos`; these numbers are of commit 0123456789, where it was ")
+    assert "`python benchmarks/lanczos.py`, on a CPU; torch 2.15.0; " in text
 
 
 def test_results_of_a_trial_are_not_published():

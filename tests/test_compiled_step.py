@@ -411,7 +411,7 @@ def assert_equal_weights(model, other):
 def test_wrong_arguments_are_refused():
     model = nn.Linear(5, 3)
     optimizer = flatmin.SAM(sgd(model.parameters()), model=model)
-    with pytest.raises(TypeError, match="optimizer must be sharpness-aware, got SGD"):
+    with pytest.raises(TypeError, match="optimizer must be a SharpnessAware, OnePass or BSAM, got SGD"):
         flatmin.compile_step(model, loss_fn, sgd(model.parameters()))
     with pytest.raises(ValueError, match="model must be the one that the optimizer was given"):
         flatmin.compile_step(nn.Linear(5, 3), loss_fn, optimizer)

@@ -34,7 +34,7 @@ def _python_blocks(page):
 
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")  # about loggers and workers
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_code_blocks_run(page, capsys):
     for block in _python_blocks(page):
         exec(compile(block, str(page), "exec"), {"__name__": "example"})
@@ -50,11 +50,30 @@ def test_the_readme_example_is_on():
     assert diagnostics.loss_rise > 0
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def _anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_into_a_page_find_their_heading(page):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert anchor in _anchors(page.parent / target if target else page), f"{page.name}: {target}#{anchor}"
+
+
+def test_the_index_leads_to_every_page():
+    index = (ROOT / "docs" / "README.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"]({page.name})" in index, f"{page.name} is not in docs/README.md"
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -70,6 +89,12 @@ def test_public_names_are_described(package):
 @pytest.mark.parametrize("name", importlib.import_module("flatmin").__all__)
 def test_public_optimizers_are_in_the_docs(name):
     pages = "".join((ROOT / page).read_text() for page in ("README.md", "docs/optimizers.md", "docs/methods.md"))
+    assert re.search(rf"\b{name}\b", pages), f"{name} is in no page"
+
+
+@pytest.mark.parametrize("name", importlib.import_module("flatmin.optim").__all__)
+def test_public_pieces_are_in_the_docs(name):
+    pages = "".join(page.read_text() for page in PAGES if page.name != "CHANGELOG.md")
     assert re.search(rf"\b{name}\b", pages), f"{name} is in no page"
 
 

@@ -383,6 +383,16 @@ def test_a_closure_that_raises_leaves_no_trace():
     train(optimizer, model, range(2, 3))
 
 
+def test_an_optimizer_without_the_two_passes_is_refused_by_name():
+    weights = torch.nn.Parameter(torch.ones(3))
+    plain = torch.optim.SGD([weights], lr=0.1, momentum=0.9)
+    for ask in (flatmin.doctor, lambda optimizer, closure: flatmin.suggest_rho(optimizer, closure, 0.1)):
+        with pytest.raises(TypeError, match="optimizer must be a flatmin.SharpnessAware, .* got SGD$"):
+            ask(plain, lambda: None)
+        with pytest.raises(TypeError, match=r"got MSAM: look at its diagnostics$"):
+            ask(flatmin.MSAM(torch.optim.SGD([weights], lr=0.1, momentum=0.9)), lambda: None)
+
+
 @pytest.mark.parametrize("number", [0, -1])
 def test_a_number_of_steps_below_one_is_refused(number):
     with pytest.raises(ValueError, match=f"num_steps must be >= 1, got {number}"):

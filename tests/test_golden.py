@@ -70,6 +70,8 @@ BOXES = [
     _box("USAM-half", flatmin.USAM, reference.unified_sam, share=0.5),
     _box("USAM-unified", flatmin.USAM, reference.unified_sam, share=None),
     _box("LESAM", flatmin.LESAM, reference.le_sam, sigma=0.15),
+    _box("LESAM-falling", flatmin.LESAM, reference.le_sam, sigma=0.15, num_steps=30),
+    _box("LESAM-falling-late", flatmin.LESAM, reference.le_sam, sigma=0.15, num_steps=30, decay_start=0.4),
     _box("ZSharp", flatmin.ZSharp, reference.z_sharp, quantile=0.7, joint_vectors=False),
     _box("ZSharp-joint", flatmin.ZSharp, reference.z_sharp, quantile=0.7, joint_vectors=True),
     _box("GSAM", flatmin.GSAM, reference.gsam, alpha=0.4, minimised="perturbed"),

@@ -59,6 +59,7 @@ def test_help_shows_the_defaults_of_the_recipe_and_method(capsys: pytest.Capture
     assert "--rho FLOAT Radius of the method's neighbourhood; 0 is the base optimizer. (default: 1.0)" in text
     assert "(default: wrn-28-10)" in text
     assert "SAM 16.5 ± 0.2, SGD 18.8 ± 0.2 (test error, %)" in text
+    assert "Added to |w|, >= 0; a group entry." in text  # without the marks of a docstring
 
 
 def test_the_papers_command_parses() -> None:

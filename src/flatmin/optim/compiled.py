@@ -65,7 +65,7 @@ def compile_step(
         backend: Makes a function of a traced graph and its example inputs; torch's inductor by default.
 
     Raises:
-        TypeError: ``optimizer`` is not sharpness-aware.
+        TypeError: ``optimizer`` is none of these: a plain one, or ``SecondOrderSAM``, whose closure is another.
         ValueError: ``model`` is another than the optimizer's, or ``num_micro_batches`` is no integer ``>= 1``.
 
     Example:
@@ -76,7 +76,7 @@ def compile_step(
         >>> loss = step(torch.ones(2, 3))
     """
     if not isinstance(optimizer, SharpnessAware | OnePass | BSAM):
-        raise TypeError(f"optimizer must be sharpness-aware, got {type(optimizer).__name__}")
+        raise TypeError(f"optimizer must be a SharpnessAware, OnePass or BSAM, got {type(optimizer).__name__}")
     if isinstance(optimizer, SharpnessAware) and optimizer._passes.model is not model:
         raise ValueError("model must be the one that the optimizer was given as model=, got another")
     if not isinstance(num_micro_batches, int) or not num_micro_batches >= 1:

@@ -10,7 +10,7 @@ from torch.amp import GradScaler
 
 from flatmin.optim.checkup import Checkup, Finding, shown
 from flatmin.optim.closure_passes import Closure
-from flatmin.optim.dry_run import DryRun, DryStep, Look, as_closures, dry_run
+from flatmin.optim.dry_run import DryRun, DryStep, Look, as_closures, check_two_passes, dry_run
 from flatmin.optim.engine import SharpnessAware
 from flatmin.optim.when import GradientWhen
 
@@ -36,12 +36,13 @@ def doctor(
     "no effect" (a rise below the rounding of the loss), "too big" (the loss rises by more than twice itself).
 
     Args:
-        optimizer: The optimizer.
+        optimizer: The optimizer. One-pass methods and ``BSAM`` have other passes: look at their diagnostics.
         closure: As for ``step``; or a list of them, one per batch, that are used in turn.
         scaler: Gradient scaler of the closures.
         num_steps: Dry steps, ``>= 1``, of ``1 + ascent_steps`` calls of a closure each; two more calls come before.
 
     Raises:
+        TypeError: ``optimizer`` is no ``SharpnessAware``.
         ValueError: ``num_steps`` is below 1, or there is no closure.
         RuntimeError: A step is under way.
 
@@ -57,6 +58,7 @@ def doctor(
         >>> [finding.name for finding in flatmin.doctor(optimizer, closure).findings]
         ['missing model']
     """
+    check_two_passes(optimizer)
     if not num_steps >= 1:
         raise ValueError(f"num_steps must be >= 1, got {num_steps}")
     closures = as_closures(closure)

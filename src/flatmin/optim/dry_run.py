@@ -269,3 +269,17 @@ def as_closures(closure: Closure | Sequence[Closure]) -> list[Callable[[], Tenso
     if not closures:
         raise ValueError("closure must not be an empty list")
     return closures
+
+
+def check_two_passes(optimizer: object) -> None:
+    """Refuse an optimizer without the engine's two passes.
+
+    Raises:
+        TypeError: It is plain, or one whose passes are others.
+    """
+    if not isinstance(optimizer, SharpnessAware):
+        hint = ": look at its diagnostics" if hasattr(optimizer, "diagnostics") else ""
+        raise TypeError(
+            "optimizer must be a flatmin.SharpnessAware, which makes a pass at w and one at w + eps, got "
+            f"{type(optimizer).__name__}{hint}"
+        )

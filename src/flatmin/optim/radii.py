@@ -94,27 +94,34 @@ class Unified:
 class FirstOrderGain:
     """The radius at which the linearised loss rises by sigma_t: ``min(sigma_t / (||g|| + delta), rho)``.
 
-    ``sigma_t = sigma (1 + cos(pi t / num_steps)) / 2``; sigma is a group entry, and rho is the upper limit.
+    ``sigma_t = sigma (1 + cos(pi s)) / 2``, where s goes from 0 at ``decay_start`` to 1 at the end of training and is 0
+    before; sigma is a group entry, and rho is the upper limit.
 
     Args:
         sigma: Rise of the linearised loss at first, ``>= 0``.
         num_steps: Steps of the whole training; ``None`` for a sigma_t that stays.
         delta: Added to the gradient's length, ``>= 0``.
+        decay_start: Share of training before sigma_t begins to fall, in [0, 1).
 
     References:
-        LE-SAM (2026), ICML.
+        Wang et al. (2026), ICML, arXiv:2605.10183 (LE-SAM).
     """
 
     depends_on_scale = True
 
-    def __init__(self, sigma: float, num_steps: int | None = None, delta: float = 1e-12) -> None:
+    def __init__(
+        self, sigma: float, num_steps: int | None = None, delta: float = 1e-12, decay_start: float = 0.0
+    ) -> None:
         if num_steps is not None and not num_steps >= 1:
             raise ValueError(f"num_steps must be >= 1, got {num_steps}")
         if not 0.0 <= delta < math.inf:
             raise ValueError(f"delta must be >= 0 and finite, got {delta}")
+        if not 0.0 <= decay_start < 1.0:
+            raise ValueError(f"decay_start must be in [0, 1), got {decay_start}")
         self.sigma = sigma
         self.num_steps = num_steps
         self.delta = delta
+        self.decay_start = decay_start
         self.check(self.defaults)
 
     @property
@@ -130,13 +137,13 @@ class FirstOrderGain:
     def __call__(self, length: Tensor, unit: Tensor, group: ActiveGroup) -> Tensor:
         """``min(sigma_t / (||g|| + delta), rho) * unit``."""
         share = 0.0 if self.num_steps is None else group.options["num_steps"] / self.num_steps
-        sigma = group.options["sigma"] * _half_cosine(share)
+        sigma = group.options["sigma"] * _half_cosine((share - self.decay_start) / (1.0 - self.decay_start))
         reach = torch.clamp(sigma / (length + self.delta), max=abs(group.radius))
         return -unit * reach if group.options.get("maximize", False) else unit * reach
 
 
 def _half_cosine(share: float | Tensor) -> float | Tensor:
-    """``(1 + cos(pi share)) / 2``, and 0 beyond 1; of a tensor where a step is traced."""
+    """``(1 + cos(pi share)) / 2``, 1 below 0 and 0 beyond 1; of a tensor where a step is traced."""
     if isinstance(share, Tensor):
-        return 0.5 * (1.0 + torch.cos(math.pi * share.clamp(max=1.0)))
-    return 0.5 * (1.0 + math.cos(math.pi * min(share, 1.0)))
+        return 0.5 * (1.0 + torch.cos(math.pi * share.clamp(0.0, 1.0)))
+    return 0.5 * (1.0 + math.cos(math.pi * min(max(share, 0.0), 1.0)))

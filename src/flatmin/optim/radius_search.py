@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from torch.amp import GradScaler
 
 from flatmin.optim.closure_passes import Closure
-from flatmin.optim.dry_run import as_closures, dry_run
+from flatmin.optim.dry_run import as_closures, check_two_passes, dry_run
 from flatmin.optim.engine import SharpnessAware
 
 _START = 0.05  # where no group has a radius yet: the paper's "solid default"
@@ -43,7 +43,7 @@ def suggest_rho(
 
     Raises:
         ValueError: ``target_rise`` or ``tolerance`` is not positive and finite, or there is no closure.
-        TypeError: A closure returns no loss.
+        TypeError: A closure returns no loss, or ``optimizer`` is no ``SharpnessAware``.
         RuntimeError: No radius raises the loss as asked; a closure runs no backward pass; a step is under way.
 
     Example:
@@ -58,6 +58,7 @@ def suggest_rho(
         >>> round(rho, 1)  # 5 rho + rho^2 / 2 = 5.5
         1.0
     """
+    check_two_passes(optimizer)
     for name, value in (("target_rise", target_rise), ("tolerance", tolerance)):
         if not 0.0 < value < math.inf:
             raise ValueError(f"{name} must be > 0 and finite, got {value}")

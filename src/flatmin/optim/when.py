@@ -112,7 +112,7 @@ class LargeGradient:
         c_end: Threshold at the end.
 
     References:
-        Jiang et al. (2023), ICLR (AE-SAM), Eq. 6-8 and Algorithm 1.
+        Jiang et al. (2023), ICLR, arXiv:2304.14647 (AE-SAM), Eq. 6-8 and Algorithm 1.
     """
 
     def __init__(self, num_steps: int, decay: float = 0.9, c_start: float = 1.0, c_end: float = -1.0) -> None:

@@ -91,7 +91,7 @@ def failed(message: str, code: int) -> int:
 
 def usage() -> str:
     """Return the help of ``flatmin`` itself."""
-    lines = [f"  {name:10}{summary}" for name, (summary, _) in COMMANDS.items()]
+    lines = [f"  {name:11}{summary}" for name, (summary, _) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: flatmin COMMAND [ARGUMENTS]",

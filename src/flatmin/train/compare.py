@@ -48,9 +48,9 @@ OWN_FLAGS = {
 class CompareArguments:
     """Train the same network from the same start with several methods; print a table and write report.html.
 
-    A recipe may come first (default: digits). Any flag that flatmin train RECIPE --help lists may follow, such as
-    --epochs 20, and holds for every run. A comparison that is interrupted goes on where it stopped when it is started
-    again.
+    A recipe may come first (default: digits). Flags that flatmin train RECIPE --help lists may follow, such as --epochs
+    20, and hold for every run; not those that the comparison sets itself (method, rho, seed) nor several devices. A
+    comparison that is interrupted goes on where it stopped when it is started again.
     """
 
     methods: tuple[Method, ...] = ("sgd", "sam", "asam")

@@ -111,7 +111,7 @@ class TrainConfig:
     ascent_steps: int = 1
     """Ascent steps to the perturbed weights, each with a pass of its own."""
     second_order: bool = False
-    """Keep the term of second order that sam drops, at two and a half times its cost."""
+    """Keep the term of second order that sam drops, which takes a backward pass through a backward pass."""
     true_ascent_gradient: bool = True
     """Climb along the true gradient of a Shake-Shake or ShakeDrop network, not the one with the gates of its backward
     pass, as in the authors' release."""
@@ -224,7 +224,7 @@ class TrainConfig:
     threads: int | None = None
     """CPU threads of torch; None leaves torch's choice."""
     compile: bool = False
-    """Compile the network's training passes with torch.compile: the first step takes a minute, the others less."""
+    """Compile the network's training passes with torch.compile: the first step takes a minute, the others may gain."""
 
     data_dir: Path = Path("data")
     """Directory with the data sets."""

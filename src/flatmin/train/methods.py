@@ -199,7 +199,7 @@ def value_type(hint: Any) -> Any:
 
 
 def argument_helps(constructor: Class) -> dict[str, str]:
-    """What the docstring says about each argument."""
+    """What the docstring says about each argument, as plain text."""
     section = (inspect.getdoc(constructor) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
     texts = re.findall(r"^    (\w+): (.*(?:\n {6,}.*)*)", section, flags=re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in texts}
+    return {name: " ".join(text.split()).replace("``", "") for name, text in texts}

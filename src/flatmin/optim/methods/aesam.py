@@ -19,13 +19,14 @@ class AESAM(SharpnessAware):
         base: The optimizer that takes the step.
         rho: Radius, ``>= 0``. The default is SAM's.
         num_steps: Steps of the whole training.
-        decay: Weight of the old mean and variance, in [0, 1). The default is the paper's.
+        decay: Weight of the old mean and variance, in [0, 1); the paper's delta. This default and the two below are
+            the values quoted for the paper's experiments; no code of the authors was at hand to check them.
         c_start: Threshold at the beginning, in standard deviations; the paper's lambda_2.
         c_end: Threshold at the end; the paper's lambda_1.
         **options: See ``SharpnessAware``.
 
     References:
-        Jiang et al. (2023), ICLR, Algorithm 1.
+        Jiang et al. (2023), ICLR, arXiv:2304.14647, Algorithm 1.
     """
 
     def __init__(

@@ -17,8 +17,10 @@ class FisherSAM(SharpnessAware):
 
     Args:
         base: The optimizer that takes the step.
-        rho: Radius in the Fisher norm, ``>= 0``. The default is that of the LLQR port; the authors released no code.
-        eta: Added to ``g^2``, ``> 0``; a group entry. The default is that of the same port.
+        rho: Radius in the Fisher norm, ``>= 0``. The default is that of a port, SimonDufLab/LLQR; the authors released
+            no code.
+        eta: Added to ``g^2``, ``> 0``; a group entry. The default is that of the same port. The paper is quoted with
+            radius 0.1 and eta 1, which makes the ball nearly round.
         **options: See ``SharpnessAware``.
 
     References:

@@ -38,7 +38,7 @@ class AdaptiveMSAM(OnePass):
     Args:
         base: As for ``MSAM``.
         rho: Radius in the scaled norm, ``>= 0``. The default is MSAM's.
-        eta: Added to ``|w|``, ``>= 0``; a group entry.
+        eta: Added to ``|w|``, ``>= 0``; a group entry. The default is that of ASAM's authors.
         scaled: Which parameters are scaled, see ``flatmin.optim.Adaptive``; every one by default, for which no names
             are needed.
         **options: As for ``MSAM``.

@@ -18,9 +18,9 @@ class SAMON(SharpnessAware):
 
     Args:
         base: The optimizer that takes the step; its groups say what is perturbed.
-        rho: Radius, ``>= 0``; about ten times SAM's. The default is ten times that of SAM.
+        rho: Radius, ``>= 0``; about ten times SAM's, say the authors. The default is ten times that of SAM.
         adaptive: In ASAM's ball, for every parameter of the layers.
-        eta: Added to ``|w|`` where adaptive, ``>= 0``; a group entry.
+        eta: Added to ``|w|`` where adaptive, ``>= 0``; a group entry. The default is that of ASAM's authors.
         **options: See ``SharpnessAware``.
 
     Raises:

@@ -35,12 +35,12 @@ class SecondOrderSAM(Wrapper):
     twice, and both times through ``model``, at w and at w + eps; the weights themselves are not moved. The second call
     sees the random numbers of the first and leaves no trace in buffers.
 
-    Cost: the passes of SAM and a backward pass through the first backward pass, about two and a half times the time of
-    SAM on a CPU; the graphs of both passes are alive at once. Every operation must have a second derivative.
+    Cost: the passes of SAM and a backward pass through the first backward pass; the graphs of both passes are alive at
+    once. Every operation must have a second derivative.
 
     Args:
         base: The optimizer that takes the step; its parameters must be those of ``model``, all or some.
-        rho: Radius, ``>= 0``, a group entry; with 0 this is the base optimizer.
+        rho: Radius, ``>= 0``, a group entry; with 0 this is the base optimizer. The default is SAM's.
         model: The module that the closure calls; no wrapper that reduces gradients (DistributedDataParallel).
         skip_nonfinite: Skip a step with a gradient that is not finite.
         rho_schedule: Sets every group's rho before each step.

@@ -24,7 +24,7 @@ FIRST_STEPS = (
         "test images were not looked at. SAM with the paper's radii, 0.2 and less, is no better than SGD here; with "
         "SAM at 1 or ASAM at 8 training begins to fail. All values are in benchmarks/results/digits_radius.json, "
         "written by benchmarks/choose_digits_radius.py.",
-        costs="Nothing to download; ten seconds on one CPU core, the whole comparison one to two minutes on two.",
+        costs="Nothing to download; ten seconds on one CPU core, the whole comparison about a minute on two.",
     ),
     Recipe(
         name="fashion-mnist",
@@ -35,6 +35,6 @@ FIRST_STEPS = (
         expected=results(sam="12.9"),
         measure="test error, %, measured after one epoch, --epochs 1, with seed 0",
         remark="The paper's networks reach 3.6 to 4.0 % with SAM.",
-        costs="3 epochs; the measured one took 44 s on two CPU cores.",
+        costs="3 epochs of about a minute each on two CPU cores.",
     ),
 )

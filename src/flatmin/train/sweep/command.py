@@ -53,9 +53,9 @@ OWN_FLAGS = {
 class SweepArguments:
     """Choose settings on the validation split, then compare the methods on the test set over several seeds.
 
-    A recipe may come first (default: digits). Any flag that flatmin train RECIPE --help lists may follow, such as
-    --epochs 20, and holds for every run. The same command goes on where an interrupted sweep stopped, and a larger
-    grid or more seeds add only the runs that are missing.
+    A recipe may come first (default: digits). Flags that flatmin train RECIPE --help lists may follow, such as --epochs
+    20, and hold for every run; those that the sweep sets itself are refused by name. The same command goes on where an
+    interrupted sweep stopped, and a larger grid or more seeds add only the runs that are missing.
     """
 
     grid: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default=())

@@ -126,6 +126,20 @@ def test_a_skipped_first_step_leaves_no_trace_in_the_momentum_of_a_fused_sgd(met
     assert torch.equal(trained([float("nan"), 1.0, 1.0]), trained([1.0, 1.0]))
 
 
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+def test_a_checkpoint_of_an_unfused_base_goes_on_in_a_fused_one(base):
+    """It turns the base's groups into unfused ones, which cannot read the flag."""
+    models = [tiny_network() for _ in range(2)]
+    bases = [base(model.parameters(), lr=0.01, fused=fused) for model, fused in zip(models, (None, True), strict=True)]
+    optimizers = [flatmin.SAM(base, model=model) for base, model in zip(bases, models, strict=True)]
+    train(optimizers[0], models[0])
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for optimizer, model in zip(optimizers, models, strict=True):
+        train(optimizer, model)
+    assert torch.equal(everything(models[0]), everything(models[1]))
+
+
 def _backward(loss):
     loss.backward()
     return loss

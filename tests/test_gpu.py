@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 import flatmin
+from flatmin.optim.cuda_graph import CapturedStep
 
 pytestmark = [
     pytest.mark.gpu,
@@ -172,3 +173,57 @@ def test_a_copy_in_host_memory_frees_the_devices():
     one_copy = 4 * 4 * 2048**2
     assert found["device"][0] - found["host"][0] > 0.9 * one_copy
     assert_close(found["device"][1], found["host"][1], rtol=0, atol=0)
+
+
+def _attention():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    layers = nn.Unflatten(1, (5, 1)), nn.Linear(1, 8), layer, nn.Flatten(), nn.Linear(40, 3)
+    return nn.Sequential(*layers).cuda()
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's; ours would be a reason
+@pytest.mark.parametrize("make", [partial(_network, dropout=0.3), _attention], ids=["dropout", "attention"])
+@pytest.mark.parametrize("capturable", [False, True], ids=["sgd", "adam"])
+def test_a_compiled_step_is_captured_and_takes_the_eager_steps(make, capturable):
+    """By inductor and a CUDA graph: the first step is eager, three warm up, and from the fifth on it is replayed."""
+    found = []
+    for is_compiled in (False, True):
+        model = make()
+        params = model.parameters()
+        adam, sgd = partial(torch.optim.Adam, lr=1e-2, capturable=True), partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+        optimizer = flatmin.SAM((adam if capturable else sgd)(params), 0.1, model=model)
+        step = flatmin.compile_step(model, lambda model, batch: cross_entropy(model(batch[0]), batch[1]), optimizer)
+        if not is_compiled:
+            step.reason = "to compare with"
+        torch.cuda.manual_seed(1)
+        losses = [step(_batch(number)).detach() for number in range(8)]
+        if is_compiled:
+            assert step.reason is None
+            (graph,) = step._graphs.values()
+            assert isinstance(graph._compiled, CapturedStep)
+            assert graph._compiled._graph is not None
+        found.append((losses, dict(model.state_dict()), torch.cuda.get_rng_state()))
+    (losses, state, generator), (other_losses, other_state, other_generator) = found
+    assert_close(other_losses, losses, rtol=1e-3, atol=1e-4)
+    assert_close(other_state, state, rtol=1e-2, atol=1e-3)
+    assert torch.equal(other_generator, generator)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_skipped_first_step_of_a_fused_sgd_leaves_no_trace(momentum):
+    found = []
+    for factors in ([math.nan, 1.0, 1.0], [1.0, 1.0]):
+        weights = nn.Parameter(torch.ones(1000, device="cuda"))
+        optimizer = flatmin.SAM(torch.optim.SGD([weights], lr=0.1, momentum=momentum, fused=True))
+
+        def closure(factor, weights=weights):
+            loss = (factor * weights).square().sum()
+            loss.backward()
+            return loss
+
+        for factor in factors:
+            optimizer.step(partial(closure, factor))
+        assert optimizer.diagnostics.as_dict()["num_skipped_steps"] == len(factors) - 2
+        found.append(weights.detach())
+    assert torch.equal(*found)

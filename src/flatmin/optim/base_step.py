@@ -53,7 +53,7 @@ def guarded_step(base: Optimizer, space: Space, *, found_inf: Tensor | None, loo
     is_finite = space.norm(space.grads, math.inf).isfinite()
     if found_inf is not None:
         is_finite = is_finite & (found_inf.to(is_finite.device) == 0)
-    if getattr(base, "_step_supports_amp_scaling", False) and not _creates_momentum(base):  # torch's own protocol
+    if _skips_on_device(base) and not _creates_momentum(base):
         fused: Any = base
         fused.found_inf = is_finite.logical_not().float()  # where such an optimizer looks for it
         try:
@@ -65,6 +65,12 @@ def guarded_step(base: Optimizer, space: Space, *, found_inf: Tensor | None, loo
         base.step()
         return True
     return False
+
+
+def _skips_on_device(base: Optimizer) -> bool:
+    """Whether the base reads ``found_inf``, by torch's own protocol; groups from an unfused checkpoint do not."""
+    is_meant_to = getattr(base, "_step_supports_amp_scaling", False)
+    return is_meant_to and all(group.get("fused", True) for group in base.param_groups)
 
 
 def _creates_momentum(base: Optimizer) -> bool:

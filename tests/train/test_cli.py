@@ -102,7 +102,10 @@ def test_wrong_command_recipe_or_method_is_one_line_and_code_2(
         (["--model", "vgg"], "got 'vgg'"),
         (["--method=sam", "--method.alpha", "1"], "method.alpha must belong to method sam, whose options are p"),
         (["--method=msam", "--method.p=1"], "method.p must belong to method msam, which has no options, got 1"),
-        (["--method=sgd", "--method.no-nesterov"], "method.nesterov must belong to method sgd, which has no options"),
+        (
+            ["--method=sgd", "--method.no-nesterov"],
+            "method.nesterov must belong to method sgd, which has no options, got --method.no-nesterov",
+        ),
         (["--method=gsam", "--method.alpha", "-1"], "method.alpha must be >= 0 and finite, got -1.0"),
         (["--method=gsam", "--method.alpha", "big"], "could not convert string to float: 'big'"),
         (["--method=gsam", "--method.minimised", "both"], "invalid choice 'both'"),

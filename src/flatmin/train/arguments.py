@@ -96,7 +96,7 @@ def _check_flags(method: Method, arguments: list[str]) -> None:
         name, _, value = flag.partition("=")
         name = name.removeprefix("--method.").removeprefix("no-").replace("-", "_")
         if flag.startswith("--method.") and name not in option_types(method):
-            canonical_options(method, {name: value or "its flag"})
+            canonical_options(method, {name: value or flag})
 
 
 class _OneLineParser(argparse.ArgumentParser):

@@ -15,7 +15,9 @@ from fake_gpu import send_
 from flatmin.optim.cuda_graph import CapturedStep, can_be_captured, copy_as_laid_out
 from flatmin.optim.directions import Gradient
 from flatmin.optim.draws import Unfit
-from flatmin.optim.functional_step import FunctionalStep, LossModule, Survey
+from flatmin.optim.functional_model import FunctionalModel, LossModule, Survey
+from flatmin.optim.host_side import OnePassSide, TwoPassSide
+from flatmin.optim.one_pass import OnePass
 from flatmin.optim.step_graph import StepGraph
 
 
@@ -134,8 +136,8 @@ def test_a_copy_has_the_strides_of_the_original(layout):
 @pytest.fixture
 def _fake_gpu(monkeypatch):
     """Tensors without values have no backward pass, generators or addresses."""
-    monkeypatch.setattr(FunctionalStep, "evaluate", _stands_for_the_passes)
-    monkeypatch.setattr(FunctionalStep, "look", lambda step, given: step.survey)
+    monkeypatch.setattr(FunctionalModel, "evaluate", _stands_for_the_passes)
+    monkeypatch.setattr(FunctionalModel, "look", lambda model, given: model.survey)
     monkeypatch.setattr(StepGraph, "_refuse_constants", lambda step, graph: None)
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
     with FakeTensorMode():
@@ -154,9 +156,12 @@ def _graph_of_step(method, base, state):
         for name in state:
             is_count = name == "step"
             optimizer.state[param][name] = torch.empty((), device=state[name]) if is_count else torch.empty_like(param)
-    step = StepGraph(optimizer, LossModule(model, lambda model, batch: model(batch).sum()), True, 1)
+    losses = LossModule(model, lambda model, batch: model(batch).sum())
+    is_one_pass = isinstance(optimizer, OnePass)
+    side = OnePassSide(optimizer, losses) if is_one_pass else TwoPassSide(optimizer, losses, True, 1)
+    step = StepGraph(side, losses, 1)
     traced = []
-    step._function.survey = Survey([], [True] * 4, [])
+    side.function.model.survey = Survey([], [True] * 4, [])
     with pytest.raises(_Traced):
         step.compile(torch.empty(16, 5, device="cuda"), lambda graph, inputs: _stop(traced, graph, inputs))
     return traced
@@ -196,6 +201,8 @@ BASES = {
         flatmin.GSAM,
         flatmin.GNP,
         flatmin.ZSharp,
+        flatmin.MSAM,
+        flatmin.AdaptiveMSAM,
     ],
 )
 @pytest.mark.usefixtures("_fake_gpu")

@@ -154,22 +154,23 @@ class OnePass(Wrapper):
         Raises:
             RuntimeError: No backward pass was run since the last step, or the true weights are on show.
         """
-        if self._is_shown:
-            raise RuntimeError("step() must not be called inside unperturbed(): the gradient belongs to w + eps")
-        loss = None
-        if closure is not None:
-            check_reduction(reduction)
-            loss = self._loss_of(closure, reduction)
-            self.diagnostics.begin_step()
-            if isinstance(loss, Tensor):
-                self.diagnostics.loss = loss.detach()
-        if self._only_creates_state():
-            self._create_state(self.direction.remembers)
-        elif has_fresh_gradient(self._params()):
-            self._take_step(scaler)
-        else:
-            raise RuntimeError("no parameter has a new gradient: backward() must run before each step()")
-        return loss
+        with self._heeding_scaler():
+            if self._is_shown:
+                raise RuntimeError("step() must not be called inside unperturbed(): the gradient belongs to w + eps")
+            loss = None
+            if closure is not None:
+                check_reduction(reduction)
+                loss = self._loss_of(closure, reduction)
+                self.diagnostics.begin_step()
+                if isinstance(loss, Tensor):
+                    self.diagnostics.loss = loss.detach()
+            if self._only_creates_state():
+                self._create_state(self.direction.remembers)
+            elif has_fresh_gradient(self._params()):
+                self._take_step(scaler)
+            else:
+                raise RuntimeError("no parameter has a new gradient: backward() must run before each step()")
+            return loss
 
     @contextmanager
     def unperturbed(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ import torch
 import reference
 from flatmin.optim.balls import Ball
 from flatmin.optim.metrics import Adaptive
+from flatmin.optim.radii import FirstOrderGain, Unified
 from flatmin.optim.space import ActiveGroup, Space
 
 ORDERS = [1.0, 1.2, 1.5, 2.0, 3.0, 10.0, math.inf]
@@ -111,3 +112,11 @@ def test_the_adaptive_metric_scales_what_it_says():
     }
     for scaled, values in expected.items():
         assert [t.tolist() for t in Adaptive(0.1, scaled).scaling(Space([group]))] == values
+
+
+@pytest.mark.parametrize("radius", [Unified(0.5), FirstOrderGain(0.1)])
+def test_radii_that_need_the_euclidean_length_are_refused_in_other_balls(radius):
+    """The rise of the linearised loss is rho times the dual norm, which the largest entry is not."""
+    Ball(radius=radius)
+    with pytest.raises(ValueError, match=f"p must be 2 with {type(radius).__name__}, got 1.5"):
+        Ball(1.5, radius=radius)

@@ -53,3 +53,9 @@ def test_joint_dot_equals_the_dot_product_of_one_vector():
     right = [x.sin() + 0.3 for x in left]
     expected = sum((x.double() * y.double()).sum() for x, y in zip(left, right, strict=True))
     assert joint_dot(left, right).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, torch.inf])
+def test_empty_tensors_have_no_length(p):
+    assert joint_norm([torch.empty(0), torch.empty(0, 3)], p).item() == 0.0
+    assert joint_norm([torch.empty(0, 3), torch.full((1,), 2.0)], p).item() == 2.0

@@ -289,6 +289,22 @@ def test_a_gradient_scaler_steps_and_backs_off(method):
         torch.testing.assert_close(param, expected)
 
 
+def test_an_error_inside_of_the_scalers_step_does_not_spoil_the_next_one():
+    """A factor left behind would divide the gradients of the next step, which has none."""
+    model, optimizer = made(METHODS["MSAM"])
+    expected, plain = made(METHODS["MSAM"])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    inputs, labels = batches()[0]
+    scaler.scale(cross_entropy(model(inputs), labels)).backward()
+    with optimizer.unperturbed(), pytest.raises(RuntimeError, match="unperturbed"):
+        scaler.step(optimizer)
+    optimizer.zero_grad()
+    run(optimizer, model, [1, 2])
+    run(plain, expected, [1, 2])
+    for param, other in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(param, other)
+
+
 def test_errors_say_what_is_wrong():
     model, optimizer = made(METHODS["MSAM"])
     with pytest.raises(RuntimeError, match="backward\\(\\) must run before each step"):

@@ -215,3 +215,31 @@ def test_parameters_of_another_model_are_refused() -> None:
         SecondOrderSAM(torch.optim.SGD((model := nn.LSTM(2, 2)).parameters(), lr=0.1), model=model)
     with pytest.raises(ValueError, match=r"rho must be >= 0 and finite, got -1"):
         SecondOrderSAM(torch.optim.SGD((model := Bowl()).parameters(), lr=0.1), -1.0, model=model)
+
+
+def test_a_maximised_objective_is_its_minimised_opposite() -> None:
+    up, down = Bowl(), Bowl()
+    for model, sign, maximize in ((up, 1.0, True), (down, -1.0, False)):
+        base = torch.optim.SGD(model.parameters(), lr=0.1, maximize=maximize)
+        optimizer = SecondOrderSAM(base, RHO, model=model)
+        for _ in range(3):
+            optimizer.step(lambda model=model, sign=sign: sign * model())
+    torch.testing.assert_close(up.weights, down.weights, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(up.weights, Bowl().weights)
+
+
+def test_only_what_param_groups_chooses_is_perturbed() -> None:
+    """A group left out of it behaves like one of radius 0 that does not count in the norm."""
+    a = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
+    model = nn.ParameterDict({name: torch.tensor([value], dtype=torch.float64) for name, value in (("x", 1), ("y", 3))})
+
+    def loss() -> Tensor:
+        return quadratic(a, torch.cat([model["x"], model["y"]]))
+
+    base = torch.optim.SGD(flatmin.param_groups(model, lambda name, _: name == "x"), lr=0.1)
+    optimizer = SecondOrderSAM(base, RHO, model=model)
+    optimizer.step(loss)
+    w = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    there = a @ (w + RHO * torch.tensor([1.0, 0.0], dtype=torch.float64))  # the gradient's first entry is positive
+    torch.testing.assert_close(flat(model.values()), w - 0.1 * there, rtol=1e-12, atol=1e-12)  # a unit of one entry
+    assert optimizer.diagnostics.num_perturbed_steps == 1

@@ -14,7 +14,8 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from flatmin.optim import Ball, SharpnessAware
-from flatmin.optim.closure_passes import Closure, MicroBatches
+from flatmin.optim.closure_passes import MicroBatches
+from flatmin.optim.closures import Closure
 from flatmin.optim.freshness import has_fresh_gradient
 from flatmin.optim.space import Space
 

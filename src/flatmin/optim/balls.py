@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flatmin.optim.metrics import Identity, Metric
 from flatmin.optim.norms import dual_order
-from flatmin.optim.radii import Fixed, Radius
+from flatmin.optim.radii import FirstOrderGain, Fixed, Radius, Unified
 from flatmin.optim.space import Space
 
 
@@ -36,7 +36,11 @@ class Ball:
     Args:
         p: Order of the norm, from 1 to infinity.
         metric: The scaling T.
-        radius: How far to go, given the length of the gradient; ``rho`` by default.
+        radius: How far to go, given the length of the gradient; ``rho`` by default. ``Unified`` and ``FirstOrderGain``
+            are defined for p = 2 alone.
+
+    Raises:
+        ValueError: p is below 1, or other than 2 with one of those radii.
     """
 
     p: float = 2.0
@@ -46,6 +50,8 @@ class Ball:
     def __post_init__(self) -> None:
         if not self.p >= 1.0:
             raise ValueError(f"p must be >= 1, got {self.p}")
+        if self.p != 2.0 and isinstance(self.radius, Unified | FirstOrderGain):  # which divide by the dual norm
+            raise ValueError(f"p must be 2 with {type(self.radius).__name__}, got {self.p}")
 
     @property
     def defaults(self) -> dict[str, Any]:

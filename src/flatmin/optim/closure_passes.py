@@ -1,6 +1,6 @@
 """The passes of a step whose closures compute the gradients: both passes of every micro-batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -8,10 +8,9 @@ from torch.amp import GradScaler
 
 from flatmin.optim.accumulation import Reduction, one_after_another, reduced
 from flatmin.optim.base_step import loss_scale_of
+from flatmin.optim.closures import Closure
 from flatmin.optim.passes import averaged_buffers
 from flatmin.optim.two_pass import TwoPass
-
-Closure = Callable[[], Tensor]
 
 
 class MicroBatches(NamedTuple):

@@ -9,8 +9,8 @@ import torch
 from torch.amp import GradScaler
 
 from flatmin.optim.checkup import Checkup, Finding, shown
-from flatmin.optim.closure_passes import Closure
-from flatmin.optim.dry_run import DryRun, DryStep, Look, as_closures, check_two_passes, dry_run
+from flatmin.optim.closures import Closure, as_closures
+from flatmin.optim.dry_run import DryRun, DryStep, Look, check_two_passes, dry_run
 from flatmin.optim.engine import SharpnessAware
 from flatmin.optim.when import GradientWhen
 

@@ -1,7 +1,7 @@
 """Passes at the weights an optimizer has, after which nothing has changed."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from flatmin.optim.balls import Ball, Perturbation
 from flatmin.optim.base_step import loss_scale_of
-from flatmin.optim.closure_passes import Closure
+from flatmin.optim.closures import Closure
 from flatmin.optim.engine import SharpnessAware
 from flatmin.optim.layers import LayerBall
 from flatmin.optim.norms import joint_norm
@@ -88,9 +88,7 @@ class DryRun:
         own = optimizer._passes
         self._ball = _WatchedBall(optimizer.ball)
         pieces = own.plan.pieces._replace(when=Always(), ball=cast(Ball, self._ball))
-        self.passes = TwoPass(
-            replace(own.plan, pieces=pieces, progress=Progress()), optimizer._passes.model, collects_norms=True
-        )
+        self.passes = TwoPass(replace(own.plan, pieces=pieces, progress=Progress()), own.model, collects_norms=True)
         self.passes.names = own.names
         self.params = list(self.passes.params())
         self._scaler, self._saved = scaler, saved
@@ -112,7 +110,7 @@ class DryRun:
 
         hooks = [p.register_post_accumulate_grad_hook(count) for p in self.params if p.requires_grad]  # type: ignore[no-untyped-call]
         try:
-            loss = torch.enable_grad()(closure)()
+            loss = closure()
             has_called_model = replay is None or replay.was_called
         finally:
             for hook in hooks:
@@ -129,7 +127,7 @@ class DryRun:
         Raises:
             RuntimeError: A pass leaves no new gradient.
         """
-        passes, closure = self.passes, torch.enable_grad()(closure)
+        passes = self.passes
         self.passes.clear_gradients()
         passes.begin(is_in_closure=True)
         passes.progress.loss_scale = loss_scale_of(self._scaler, self.params[0].device)
@@ -174,8 +172,8 @@ def dry_run(optimizer: SharpnessAware, scaler: GradScaler | None = None) -> Iter
     if own.progress.num_ascents or own.progress.is_complete or own.sum.num_terms:
         raise RuntimeError("a step is under way: finish it, or restore(), before a dry run")
     saved = _SavedBuffers()
-    if optimizer._passes.model is not None:
-        saved.add(optimizer._passes.model)
+    if own.model is not None:
+        saved.add(own.model)
     run = DryRun(optimizer, scaler, saved)
     grads = [param.grad for param in run.params]
     groups = [dict(group) for group in optimizer.param_groups]
@@ -257,18 +255,6 @@ def _are_equal(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
 
 def _number(loss: Any) -> float | None:
     return None if loss is None else float(loss)
-
-
-def as_closures(closure: Closure | Sequence[Closure]) -> list[Callable[[], Tensor]]:
-    """The closures of several batches, or of one.
-
-    Raises:
-        ValueError: There is none.
-    """
-    closures = list(closure) if isinstance(closure, Sequence) else [closure]
-    if not closures:
-        raise ValueError("closure must not be an empty list")
-    return closures
 
 
 def check_two_passes(optimizer: object) -> None:

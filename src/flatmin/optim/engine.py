@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from flatmin.optim.accumulation import Reduction, check_reduction
 from flatmin.optim.balls import Ball
-from flatmin.optim.closure_passes import Closure, MicroBatches, run_passes
+from flatmin.optim.closure_passes import MicroBatches, run_passes
+from flatmin.optim.closures import Closure, as_closures
 from flatmin.optim.combine import Combine, Perturbed
 from flatmin.optim.directions import Direction, Gradient
 from flatmin.optim.host_copies import SaveTo, check_save_to
@@ -205,11 +206,8 @@ class SharpnessAware(LoopDoors):
             if closure is None:
                 self._step_without_closure(scaler, reduction)
                 return None
-            closures = list(closure) if isinstance(closure, Sequence) else [closure]
-            if not closures:
-                raise ValueError("closure must not be an empty list")
-            enabled = [torch.enable_grad()(each) for each in closures]
-            return self._step_with(enabled, scaler, MicroBatches(shared_perturbation, reduction, average_buffers))
+            micro = MicroBatches(shared_perturbation, reduction, average_buffers)
+            return self._step_with(as_closures(closure), scaler, micro)
 
     def attach(self, model: nn.Module, sync: Sync | None = None) -> None:
         """Take the model that the passes call, as ``model=`` does, where it is known only after construction.

@@ -84,6 +84,8 @@ def dual_order(p: float) -> float:
 
 
 def _row_norms(tensor: Tensor, p: float, dtype: torch.dtype) -> list[Tensor]:
+    if not tensor.numel():  # small tensors that were all empty
+        return [tensor.new_zeros(1, dtype=dtype)]
     if 256 <= tensor.numel() // len(tensor) <= _AT_ONCE:  # the tensor's own rows, such as the filters of a convolution
         return [torch.linalg.vector_norm(tensor, p, dim=tuple(range(1, tensor.dim())), dtype=dtype)]
     flat = _in_memory_order(tensor)

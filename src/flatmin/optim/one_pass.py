@@ -1,6 +1,6 @@
 """Methods that need no clean gradient: the weights rest at w + eps between steps, and a step costs one pass."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypedDict, overload, runtime_checkable
 
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from flatmin.optim.accumulation import Reduction, check_reduction, one_after_another
 from flatmin.optim.balls import Ball
 from flatmin.optim.base_step import guarded_step, loss_scale_of, unscale_
+from flatmin.optim.closures import Closure, as_closures
 from flatmin.optim.diagnostics import Diagnostics
 from flatmin.optim.directions import BaseMomentum, Direction
 from flatmin.optim.freshness import has_fresh_gradient, is_fresh, mark_used
@@ -27,8 +28,6 @@ from flatmin.optim.visit import Visit
 from flatmin.optim.when import Always, GradientWhen, When
 from flatmin.optim.where import masked
 from flatmin.optim.wrapper import Wrapper, names_of
-
-Closure = Callable[[], Tensor]
 
 _TRUE_WEIGHTS = "true_weights"
 
@@ -155,22 +154,23 @@ class OnePass(Wrapper):
         Raises:
             RuntimeError: No backward pass was run since the last step, or the true weights are on show.
         """
-        if self._is_shown:
-            raise RuntimeError("step() must not be called inside unperturbed(): the gradient belongs to w + eps")
-        loss = None
-        if closure is not None:
-            check_reduction(reduction)
-            loss = self._loss_of(closure, reduction)
-            self.diagnostics.begin_step()
-            if isinstance(loss, Tensor):
-                self.diagnostics.loss = loss.detach()
-        if self._only_creates_state():
-            self._create_state(self.direction.remembers)
-        elif has_fresh_gradient(self._params()):
-            self._take_step(scaler)
-        else:
-            raise RuntimeError("no parameter has a new gradient: backward() must run before each step()")
-        return loss
+        with self._heeding_scaler():
+            if self._is_shown:
+                raise RuntimeError("step() must not be called inside unperturbed(): the gradient belongs to w + eps")
+            loss = None
+            if closure is not None:
+                check_reduction(reduction)
+                loss = self._loss_of(closure, reduction)
+                self.diagnostics.begin_step()
+                if isinstance(loss, Tensor):
+                    self.diagnostics.loss = loss.detach()
+            if self._only_creates_state():
+                self._create_state(self.direction.remembers)
+            elif has_fresh_gradient(self._params()):
+                self._take_step(scaler)
+            else:
+                raise RuntimeError("no parameter has a new gradient: backward() must run before each step()")
+            return loss
 
     @contextmanager
     def unperturbed(self) -> Iterator[None]:
@@ -252,10 +252,7 @@ class OnePass(Wrapper):
         self.ball.check(options)
 
     def _loss_of(self, closure: Closure | Sequence[Closure], reduction: Reduction) -> Tensor:
-        closures = list(closure) if isinstance(closure, Sequence) else [closure]
-        if not closures:
-            raise ValueError("closure must not be an empty list")
-        enabled = [torch.enable_grad()(each) for each in closures]
+        enabled = as_closures(closure)
         if len(enabled) > 1:
             enabled[0] = refusing_leftovers(enabled[0], self._params())
         for param in self._params():

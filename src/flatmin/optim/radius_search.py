@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 
 from torch.amp import GradScaler
 
-from flatmin.optim.closure_passes import Closure
-from flatmin.optim.dry_run import as_closures, check_two_passes, dry_run
+from flatmin.optim.closures import Closure, as_closures
+from flatmin.optim.dry_run import check_two_passes, dry_run
 from flatmin.optim.engine import SharpnessAware
 
 _START = 0.05  # where no group has a radius yet: the paper's "solid default"

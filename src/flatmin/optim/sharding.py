@@ -65,10 +65,7 @@ class Shards:
 
     def rank_of(self, index: int) -> int:
         """A number for this process among those that hold other shards of the tensor."""
-        number = 0
-        for group in self.groups[index]:
-            number = number * torch.distributed.get_world_size(group) + torch.distributed.get_rank(group)
-        return number
+        return _position(self.groups[index])
 
     def norm(self, tensors: Sequence[Tensor], p: float = 2.0) -> Tensor:
         """The p-norm over all entries of all shards, equal on every process; 0-dim."""

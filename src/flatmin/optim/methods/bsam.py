@@ -1,7 +1,7 @@
 """bSAM: SAM as Bayesian inference, with a posterior to sample from."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flatmin.optim.accumulation import reduced
+from flatmin.optim.closures import Closure, as_closures
 from flatmin.optim.diagnostics import Diagnostics
 from flatmin.optim.freshness import mark_used
 from flatmin.optim.leftover import refusing_leftovers
@@ -18,8 +19,6 @@ from flatmin.optim.passes import Replay
 from flatmin.optim.perturbation import Saved, perturb_
 from flatmin.optim.seeding import seed_of
 from flatmin.optim.sharding import is_sharded
-
-Closure = Callable[[], Tensor]
 
 
 class BSAM(Optimizer):
@@ -122,9 +121,7 @@ class BSAM(Optimizer):
         Raises:
             RuntimeError: A closure ran no backward pass.
         """
-        closures = [torch.enable_grad()(c) for c in (closure if isinstance(closure, Sequence) else [closure])]
-        if not closures:
-            raise ValueError("closure must not be an empty list")
+        closures = as_closures(closure)
         closures[0] = refusing_leftovers(closures[0], self._params())
         self.diagnostics.begin_step()
         total: dict[Tensor, tuple[Tensor, Tensor]] = {}

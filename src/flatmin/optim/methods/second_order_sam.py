@@ -14,7 +14,8 @@ from flatmin.optim.freshness import mark_used
 from flatmin.optim.memory import Memory
 from flatmin.optim.passes import generators_of, set_generators
 from flatmin.optim.schedules import RhoSchedule, set_radii
-from flatmin.optim.space import active_space
+from flatmin.optim.space import ActiveGroup, Space, active_space
+from flatmin.optim.where import masked
 from flatmin.optim.wrapper import Wrapper
 
 _Slot = tuple[Any, str, Any]  # a module's parameters or buffers, a name in them, and a tensor
@@ -39,7 +40,8 @@ class SecondOrderSAM(Wrapper):
     once. Every operation must have a second derivative.
 
     Args:
-        base: The optimizer that takes the step; its parameters must be those of ``model``, all or some.
+        base: The optimizer that takes the step; its parameters must be those of ``model``, all or some. Groups that are
+            maximised, or left out of the perturbation by ``flatmin.param_groups``, are so here too.
         rho: Radius, ``>= 0``, a group entry; with 0 this is the base optimizer. The default is SAM's.
         model: The module that the closure calls; no wrapper that reduces gradients (DistributedDataParallel).
         skip_nonfinite: Skip a step with a gradient that is not finite.
@@ -104,7 +106,8 @@ class SecondOrderSAM(Wrapper):
         mark_used(params)
         for group in self.param_groups:
             group["num_steps"] += 1
-        self.diagnostics.count(any(group["rho"] != 0.0 for group in self.param_groups), is_taken)
+        perturbed = (group for group in self.param_groups if group.get("perturb", True))
+        self.diagnostics.count(any(group["rho"] != 0.0 for group in perturbed), is_taken)
         return loss
 
     def _differentiated(
@@ -134,10 +137,20 @@ class SecondOrderSAM(Wrapper):
 
     def _steps(self, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         """eps, with the graph from w to it."""
-        radius = {id(param): group["rho"] for group in self.param_groups for param in group["params"]}
-        norm = torch.stack([torch.linalg.vector_norm(grad) for grad in grads]).norm()
+        grad_of, groups = dict(zip(params, grads, strict=True)), []
+        for options in self.param_groups:
+            owners = [param for param in options["params"] if param in grad_of]
+            groups.append(ActiveGroup(owners, owners, [grad_of[owner] for owner in owners], None, options))
+        space = Space(groups).perturbed()
+        steps = {param: torch.zeros_like(param) for param in params}
+        if not space.owners:
+            return list(steps.values())
+        along = masked(space, space.grads)
+        norm = torch.stack([torch.linalg.vector_norm(grad) for grad in along]).norm()  # joint_norm has no derivative
         scale = torch.where(norm > 0, 1 / torch.where(norm > 0, norm, 1.0), 0.0)
-        return [radius[id(param)] * scale * grad for param, grad in zip(params, grads, strict=True)]
+        radii = space.per_param([group.radius for group in space.groups])
+        steps |= {w: rho * scale * grad for w, rho, grad in zip(space.owners, radii, along, strict=True)}
+        return list(steps.values())
 
 
 def _buffers_of(model: nn.Module) -> list[_Slot]:

@@ -132,7 +132,9 @@ def test_a_base_that_cannot_skip_on_the_device_is_asked_on_the_host(model):
         optimizer.step(Closure(model))
 
 
-@pytest.mark.parametrize("row", [row for row in (*ALWAYS, *POLICIES) if row.name in READS_THE_GRADIENT], ids=str)
+@pytest.mark.parametrize(
+    "row", [row for row in (*ALWAYS, *POLICIES) if row.name in READS_THE_GRADIENT], ids=lambda row: row.name
+)
 def test_a_rule_on_the_gradient_reads_its_norm(row, model):
     """A control, and what AE-SAM says of itself."""
     optimizer = row.build(sgd(model.parameters()), model, skip_nonfinite=False)

@@ -3,8 +3,8 @@
 A small network is trained for a few dozen steps with every method at its defaults, around SGD with
 momentum. Counted are the calls of the closure, and the copies of the parameters that are alive beyond weights,
 gradients and SGD's momentum: when the last pass of a step begins, and between steps. Timed are whole steps, in rounds
-in which every method takes one step on the same batch; a method's time is the median of the round-by-round ratios to
-plain SGD, taken apart for steps with one pass and with two and weighted by how many there were.
+in which SGD and the method take one step each on the same batch; a method's time is the median of the round-by-round
+ratios, taken apart for steps with one pass and with two and weighted by how many there were.
 """
 
 import gc
@@ -75,10 +75,20 @@ class Training:
 
 
 def relative_time(own: Sequence[float], other: Sequence[float], passes: Sequence[int]) -> float:
-    """Mean time of a step over another's: the median ratio for each number of passes, weighted."""
-    rounds = list(zip(own, other, passes, strict=True))
-    ratios = {number: [left / right for left, right, made in rounds if made == number] for number in passes}
-    return sum(statistics.median(each) * len(each) for each in ratios.values()) / len(rounds)
+    """Mean time of a step over another's.
+
+    Args:
+        own: Seconds of the timed steps, the last ones.
+        other: Seconds of the other's steps in the same rounds.
+        passes: Of every step, the untimed ones too.
+
+    Returns:
+        The median ratio for each number of passes, weighted by how many steps made so many.
+    """
+    timed_rounds = list(zip(own, other, passes[-len(own) :], strict=True))
+    ratios = {number: [left / right for left, right, made in timed_rounds if made == number] for number in {*passes}}
+    counts = {number: passes.count(number) for number, each in ratios.items() if each}
+    return sum(statistics.median(ratios[number]) * count for number, count in counts.items()) / sum(counts.values())
 
 
 def copies(network: str, method: Method, num_steps: int) -> tuple[float, float]:
@@ -111,26 +121,26 @@ def random_batch(seed: int) -> Batch:
 def measure(options: Options) -> Iterator[tuple[str, Case]]:
     """Every method at its defaults, with one thread."""
     names: tuple[Method, ...] = ("sgd", "sam", "msam") if options.quick else get_args(Method)
-    networks, rounds = QUICK_NETWORKS if options.quick else NETWORKS, options.rounds(20)
+    networks, rounds = QUICK_NETWORKS if options.quick else NETWORKS, options.rounds(40)
+    num_steps, batch_size = rounds + max(1, rounds // 4), 8 if options.quick else BATCH_SIZE
+    rows: dict[str, dict[str, Any]] = {}
     with torch_threads(1):
-        memory = {name: copies(networks["counted"], name, num_steps=2 if options.quick else 8) for name in names}
-        trained = {
-            name: Training(networks["timed"], name, rounds, 8 if options.quick else BATCH_SIZE) for name in names
-        }
-        turns: dict[str, Stopwatch] = {name: partial(take_next_step, each) for name, each in trained.items()}
-        seconds = interleaved(turns, rounds)
-    rows = {
-        name: {
-            "passes_per_step": statistics.mean(each.passes),
-            "copies_during": memory[name][0],
-            "copies_between": memory[name][1],
-            "relative_time": relative_time(seconds[name], seconds["sgd"], each.passes[-rounds:]),
-            "passes": each.passes[-rounds:],
-        }
-        for name, each in trained.items()
-    }
+        for name in names:
+            during, between = copies(networks["counted"], name, num_steps=2 if options.quick else 8)
+            pair = {each: Training(networks["timed"], each, num_steps, batch_size) for each in ("sgd", name)}
+            turns: dict[str, Stopwatch] = {each: partial(take_next_step, trained) for each, trained in pair.items()}
+            seconds = interleaved(turns, rounds)
+            passes = pair[name].passes
+            rows[name] = {
+                "passes_per_step": statistics.mean(passes),
+                "copies_during": during,
+                "copies_between": between,
+                "relative_time": relative_time(seconds[name], seconds["sgd"], passes),
+                "passes": passes[-rounds:],
+            }
+            yield name, Case(seconds, "sgd")
     facts = {"threads": 1, "image_size": IMAGE_SIZE, "batch": BATCH_SIZE, **networks, "methods": rows}
-    yield "methods", Case(seconds, "sgd", facts=facts)
+    yield "methods", Case(facts=facts)
 
 
 def take_next_step(trained: Training) -> float:

@@ -20,7 +20,7 @@ from oracle import allow_torchs_own_warning, curvlinops_hessian
 from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 
-from flatmin.sharpness import HessianEigenvalues, hessian_eigenvalues
+from flatmin.sharpness import HessianEigenvalues, hessian_eigenvalues, hessian_trace, spectral_density
 from flatmin.sharpness.lanczos import lanczos
 
 
@@ -159,3 +159,9 @@ def test_settings_outside_their_domain_are_refused(settings, message) -> None:
 def test_hessian_that_is_not_finite_is_refused() -> None:
     with pytest.raises(ValueError, match="the Hessian must be finite, got a product with inf or NaN"):
         of_matrix(torch.full((3, 3), math.nan).double(), 1)
+
+
+@pytest.mark.parametrize("measure", [hessian_trace, spectral_density])
+def test_no_measure_of_the_hessian_goes_on_with_what_is_not_finite(measure) -> None:
+    with pytest.raises(ValueError, match="the Hessian must be finite, got a product with inf or NaN"):
+        measure(Quadratic(torch.full((3, 3), math.inf).double()), quadratic_loss, ONE_BATCH)

@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 from flatmin.optim import joint_norm
 from flatmin.sharpness.lanczos import Tridiagonal, lanczos
-from flatmin.sharpness.measure import Measure, NotFiniteError
+from flatmin.sharpness.measure import Measure
 from flatmin.sharpness.objective import LossFn, Objective
 from flatmin.sharpness.products import (
     HessianOptions,
     Product,
-    hessian_product,
+    checked_product,
     hessian_settings,
     loss_options,
-    method_options,
 )
 from flatmin.sharpness.random_vectors import gaussian
 
@@ -126,7 +125,7 @@ def hessian_eigenvalues(  # noqa: PLR0913 - each setting is one keyword
     wanted.check_fits(objective.num_params)
     generator = torch.Generator().manual_seed(seed)
     with objective.measuring():
-        product = hessian_product(objective, **method_options(options))
+        product = checked_product(objective, options)
         space = _krylov_space(product, objective, wanted, generator)
         values, vectors = _eigenpairs(space, wanted)
         images = product(vectors)
@@ -192,14 +191,8 @@ def _krylov_space(product: Product, objective: Objective, wanted: _Wanted, gener
     def draw() -> Tensor:
         return gaussian(objective.num_params, objective.dtype, objective.device, generator)
 
-    def one_product(vector: Tensor) -> Tensor:
-        image = product(vector[None])[0]
-        if not torch.isfinite(image).all():
-            raise NotFiniteError("the Hessian must be finite, got a product with inf or NaN")
-        return image
-
     at_last_end: Tensor | None = None
-    for space in lanczos(one_product, draw(), wanted.max_iterations, redraw=draw):
+    for space in lanczos(lambda vector: product(vector[None])[0], draw(), wanted.max_iterations, redraw=draw):
         if len(space.diagonal) < wanted.k:
             continue
         ritz_values, columns = space.eigen()

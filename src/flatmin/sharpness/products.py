@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flatmin.optim import joint_norm
-from flatmin.sharpness.measure import Setting
+from flatmin.sharpness.measure import NotFiniteError, Setting
 from flatmin.sharpness.objective import LossFn, LossOptions, Objective
 
 Method = Literal["double_backward", "finite_differences"]
@@ -89,6 +89,23 @@ def hessian_product(
     relative = math.sqrt(precision) if difference_step is None else difference_step
     length = relative * max(joint_norm([param.detach() for param in objective.params]).item(), 1.0)
     return lambda vectors: torch.stack([_finite_difference(objective, vector, length) for vector in vectors])
+
+
+def checked_product(objective: Objective, options: HessianOptions) -> Product:
+    """The same, for measures that would go on with what is not finite.
+
+    Raises:
+        NotFiniteError: A product has an entry that is infinite or NaN.
+    """
+    product = hessian_product(objective, **method_options(options))
+
+    def checked(vectors: Tensor) -> Tensor:
+        images = product(vectors)
+        if not torch.isfinite(images).all():
+            raise NotFiniteError("the Hessian must be finite, got a product with inf or NaN")
+        return images
+
+    return checked
 
 
 def loss_options(options: HessianOptions) -> LossOptions:

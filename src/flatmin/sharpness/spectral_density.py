@@ -15,10 +15,9 @@ from flatmin.sharpness.measure import Measure
 from flatmin.sharpness.objective import LossFn, Objective
 from flatmin.sharpness.products import (
     HessianOptions,
-    hessian_product,
+    checked_product,
     hessian_settings,
     loss_options,
-    method_options,
 )
 from flatmin.sharpness.random_vectors import gaussian
 
@@ -83,7 +82,7 @@ def spectral_density(
         options: See ``LossOptions`` and ``HessianOptions``.
 
     Raises:
-        ValueError: A setting is outside its domain.
+        ValueError: A setting is outside its domain, or a product is not finite.
 
     References:
         Ghorbani et al. (2019), arXiv:1901.10159, Algorithms 1 and 2; Lin et al. (2016), arXiv:1308.5467.
@@ -98,7 +97,7 @@ def spectral_density(
     generator = torch.Generator().manual_seed(seed)
     rules = []
     with objective.measuring():
-        product = hessian_product(objective, **method_options(options))
+        product = checked_product(objective, options)
         for _ in range(num_vectors):
             vector = gaussian(objective.num_params, objective.dtype, objective.device, generator)
             for space in lanczos(lambda v: product(v[None])[0], vector, num_steps):

@@ -16,10 +16,9 @@ from flatmin.sharpness.objective import LossFn, Objective
 from flatmin.sharpness.products import (
     HessianOptions,
     Product,
-    hessian_product,
+    checked_product,
     hessian_settings,
     loss_options,
-    method_options,
 )
 from flatmin.sharpness.random_vectors import signs
 
@@ -74,7 +73,7 @@ def hessian_trace(
         options: See ``LossOptions`` and ``HessianOptions``.
 
     Raises:
-        ValueError: A setting is outside its domain.
+        ValueError: A setting is outside its domain, or a product is not finite.
 
     References:
         Hutchinson (1990); Meyer et al. (2021), "Hutch++: Optimal Stochastic Trace Estimation", arXiv:2010.09649,
@@ -89,7 +88,7 @@ def hessian_trace(
     objective = Objective(model, loss_fn, data, **loss_options(options))
     generator = torch.Generator().manual_seed(seed)
     with objective.measuring():
-        product = hessian_product(objective, **method_options(options))
+        product = checked_product(objective, options)
         basis = None
         if estimator == "hutch++":
             basis = _sketch(product, _draws(objective, num_products // 3, generator))

@@ -121,7 +121,7 @@ def random_batch(seed: int) -> Batch:
 def measure(options: Options) -> Iterator[tuple[str, Case]]:
     """Every method at its defaults, with one thread."""
     names: tuple[Method, ...] = ("sgd", "sam", "msam") if options.quick else get_args(Method)
-    networks, rounds = QUICK_NETWORKS if options.quick else NETWORKS, options.rounds(40)
+    networks, rounds = QUICK_NETWORKS if options.quick else NETWORKS, options.rounds(20)
     num_steps, batch_size = rounds + max(1, rounds // 4), 8 if options.quick else BATCH_SIZE
     rows: dict[str, dict[str, Any]] = {}
     with torch_threads(1):

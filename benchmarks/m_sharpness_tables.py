@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from benchmarks.methods_page import table_line
 from benchmarks.rank_correlation import Interval, tau_difference, tau_interval
@@ -151,6 +152,9 @@ def scatter(axes: Axes, networks: Sequence[Network]) -> None:
         x = [sharpness("m_sharpness", smallest)(network) for network in group]
         axes.scatter(x, gaps(group), marker=marker, color=COLOURS[method], alpha=0.8, label=method.upper())
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel=f"m-sharpness, m = {smallest}", ylabel="generalisation gap (percentage points)")
     axes.legend(frameon=False)
 

@@ -2,10 +2,14 @@
 
 import json
 import math
+import platform
 import re
+import resource
 import runpy
 import statistics
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +70,32 @@ def test_what_runs_on_a_cpu_alone_is_recorded_so(name, monkeypatch):
     is_moved = name != "methods"
     assert command.device_of(name, arguments) == ("cuda" if is_moved else "cpu")
     assert ("--device cuda" in command.command_of(name, arguments)) == is_moved
+
+
+FRESH_PAGES = """
+import ctypes, resource, sys, torch
+from benchmarks.memory import M_MMAP_THRESHOLD, keep_freed_memory
+
+ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)  # larger blocks go back to the system at once
+if "keep" in sys.argv:
+    assert keep_freed_memory()
+for _ in range(10):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(2_000_000) for _ in range(6)]
+    del tensors
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries do as they like")
+@pytest.mark.parametrize("argument", ["keep", "give-back"])
+def test_freed_memory_is_kept_when_asked(argument):
+    """48 MB in each turn: fresh pages again without it, the same ones with it."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", FRESH_PAGES, argument]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    pages = 48_000_000 / resource.getpagesize()
+    assert (int(done.stdout) < pages / 10) == (argument == "keep")
 
 
 def test_the_ratio_is_that_of_the_same_rounds():

@@ -72,7 +72,7 @@ STUDIES: dict[Name, Study] = {
     ),
     "cifar10": Study(
         (f"{SMALL_CNN} {METHODS} --grid rho=0.05,0.1,0.2 --baseline-epochs 2x",),
-        epochs=3,
+        epochs=2,
         seeds=3,
         recipe="cifar10",
         is_timed=True,

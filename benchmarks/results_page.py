@@ -47,6 +47,9 @@ def main() -> None:
         study = found(f"study_{name}")
         if study:
             save(cost_picture(study), f"study_{name}_cost")
+    radius = found("study_radius")
+    if radius:
+        save(radius_picture(radius), "study_radius")
 
 
 def page(text: str) -> str:
@@ -61,7 +64,8 @@ def page(text: str) -> str:
         pending = not_run(f"methods_evidence.py --task {name}")
         text = between(text, f"cost {task}", gains_text(evidence, f"images/cost_{task}.svg") if evidence else pending)
     timed = {name: partial(methods_study, picture=f"images/study_{name}_cost.svg") for name in TIMED_STUDIES}
-    studies: dict[str, Callable[[Row], str]] = {**timed, "label-noise": label_noise_study, "radius": radius_study}
+    studies: dict[str, Callable[[Row], str]] = {**timed, "label-noise": label_noise_study}
+    studies["radius"] = partial(radius_study, picture="images/study_radius.svg")
     for name, render in studies.items():
         study = found(f"study_{name.replace('-', '_')}")
         text = between(text, name, render(study) if study else not_run(f"studies.py {name}"))
@@ -117,13 +121,16 @@ def difference(row: Row, baseline: Row) -> Estimate:
     return paired_difference([own[seed] for seed in common], [others[seed] for seed in common]).estimate
 
 
-def mean_sharpness(row: Row, name: str) -> str:
-    """Mean and half-width over the networks that have the value."""
+def sharpness(row: Row, name: str) -> Estimate | None:
+    """Mean and interval over the networks that have the value; ``None`` without one."""
     values = [v[f"sharpness_{name}"] for v in row["sharpness"].values() if v[f"sharpness_{name}"] is not None]
-    if not values:
-        return "–"
-    numbers = estimate(values)
-    return f"{numbers.mean:.3g} ± {numbers.half_width:.2g}"
+    return estimate(values) if values else None
+
+
+def mean_sharpness(row: Row, name: str) -> str:
+    """Mean and half-width as text."""
+    numbers = sharpness(row, name)
+    return "–" if numbers is None else f"{numbers.mean:.3g} ± {numbers.half_width:.2g}"
 
 
 def commands_text(record: Row) -> str:
@@ -178,13 +185,39 @@ def label_noise_study(record: Row) -> str:
     return "\n\n".join(["\n".join(lines), commands_text(record)])
 
 
-def radius_study(record: Row) -> str:
+def radius_of(row: Row) -> str:
+    """The radius that a row of the study of radii is about."""
+    return f"{float(row['task'].removeprefix('rho=')):g}"
+
+
+def radius_study(record: Row, picture: str) -> str:
     """SAM over its radius."""
     lines = [table_line("rho", "test error (%)", "m-sharpness, m = 16", "λ1"), "|---:|---:|---:|---:|"]
     for row in contenders(record):
         sharp = [mean_sharpness(row, name) for name in ("worst_case", "lambda_1")]
-        lines.append(table_line(row["task"].removeprefix("rho="), test_error(row).text(2), *sharp))
-    return "\n\n".join(["\n".join(lines), commands_text(record)])
+        lines.append(table_line(radius_of(row), test_error(row).text(2), *sharp))
+    curves = f"![Test error and sharpness against the radius]({picture})"
+    return "\n\n".join(["\n".join(lines), curves, commands_text(record)])
+
+
+def radius_picture(record: Row) -> Figure:
+    """Test error and two measures of sharpness against the radius, with 95 % intervals over seeds."""
+    rows = contenders(record)
+    figure = Figure(figsize=(8.4, 2.8), layout="constrained")
+    curves: dict[str, Callable[[Row], Estimate | None]] = {
+        "test error (%)": test_error,
+        "m-sharpness, m = 16": partial(sharpness, name="worst_case"),
+        "λ1": partial(sharpness, name="lambda_1"),
+    }
+    for axes, (label, measure) in zip(figure.subplots(1, 3), curves.items(), strict=True):
+        points = [(place, found) for place, row in enumerate(rows) if (found := measure(row)) is not None]
+        widths = [found.half_width for _, found in points]
+        places, means = [place for place, _ in points], [found.mean for _, found in points]
+        axes.errorbar(places, means, widths, marker="o", markersize=4, capsize=2)
+        axes.set_xticks(range(len(rows)), [radius_of(row) for row in rows], rotation=60)
+        axes.set(xlabel="rho", title=label)
+        axes.set_ylim(bottom=0.0)
+    return figure
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     python benchmarks/studies.py label-noise   # SGD and SAM with 20, 40, 60 and 80 % wrong labels, ResNet-20
     python benchmarks/studies.py radius        # SAM over its radius, ResNet-8
 
-Each takes one to two hours on one thread of a CPU, trains one network at a time, and goes on where it was interrupted;
+Each takes one to two hours of a CPU's core, trains a network on every core, and goes on where it was interrupted;
 ``--plan`` says what is missing. ``--epochs``, ``--seeds`` and ``--flags`` change the budget, in a directory of its own:
 ``cifar10 --epochs 60 --flags="--model wrn-16-8 --precision bf16-mixed --compile"`` suits a GPU.
 Numbers go to ``benchmarks/results/study_<name>.json`` when a study is complete; ``results_page.py`` makes tables and
@@ -44,6 +44,7 @@ Name = Literal["methods", "cifar10", "label-noise", "radius"]
 class Study:
     """One question: the sweeps that answer it, their recipe, the epochs of a run and the final runs of each method.
 
+    ``is_measured`` asks for the sharpness of the networks.
     ``is_timed`` asks for the time of a run of each contender of all sweeps over that of the first; they have one task.
     """
 
@@ -51,6 +52,7 @@ class Study:
     epochs: int
     seeds: int
     recipe: str = "fashion-mnist"
+    is_measured: bool = True
     is_timed: bool = False
 
 
@@ -80,10 +82,11 @@ STUDIES: dict[Name, Study] = {
     "label-noise": Study(
         (
             f"--model resnet-20 --num-train-images 3000 {BF16} --grid label_noise=0.2,0.4,0.6,0.8 "
-            "--grid method=sgd,sam --grid rho=0.1,0.2",
+            "--grid method=sgd,sam --grid rho=0.1",  # the paper's, appendix C.1
         ),
         epochs=10,
         seeds=3,
+        is_measured=False,
     ),
     "radius": Study(
         (
@@ -137,9 +140,9 @@ def sweeps_of(own: Arguments) -> Iterator[tuple[Path, list[str]]]:
     """The directory of each sweep with the arguments of ``flatmin sweep``."""
     study = STUDIES[own.study]
     epochs, seeds = own.epochs or study.epochs, own.seeds or study.seeds
-    budget = f"--epochs {epochs} --eval-every {epochs} --seeds {seeds} --threads 1 --cpus-per-trial 2"
+    budget = f"--epochs {epochs} --eval-every {epochs} --seeds {seeds} --threads 1 --cpus-per-trial 1"
     measures = f"--sharpness-every {epochs} --sharpness-measures worst-case eigenvalues"
-    measured = f"{measures} --sharpness-m 16 --sharpness-budget inf"
+    measured = f"{measures} --sharpness-m 16 --sharpness-budget inf" if study.is_measured else ""
     for number, sweep in enumerate(study.sweeps, start=1):
         suffix = "".join(character if character.isalnum() else "-" for character in own.flags)
         directory = own.runs / f"{own.study}-{epochs}-epochs{suffix}-{number}"

@@ -97,7 +97,7 @@ def take_base_step(optimizer: Wrapper, passes: TwoPass, scaler: GradScaler | Non
         scale = _unscaled(optimizer, passes, space, scaler)
         looks = skips_nonfinite or scale is not None
         is_taken = guarded_step(optimizer.base, space, found_inf=optimizer._found_inf, looks=looks)
-        passes.correct(is_taken, scale)
+        progress.corrections.follow_(optimizer.base.param_groups, is_taken, scale)
         passes.memory.commit(is_taken, set(space.owners))
     finally:
         has_moved, notes = progress.has_moved, progress.notes.maps[0]
@@ -120,7 +120,7 @@ def _unscaled(optimizer: Wrapper, passes: TwoPass, space: Space, scaler: GradSca
     scale = optimizer._grad_scale if scaler is None else loss_scale_of(scaler, passes.device)
     was_scaled = scale is not None or optimizer._found_inf is not None
     if was_scaled and progress.loss_scale is None:
-        is_lost = progress.has_scaled_corrections and scale is None
+        is_lost = progress.corrections.has_unknown_scale and scale is None
         require(
             not passes.plan.pieces.depends_on_scale and not is_lost,
             f"{type(optimizer).__name__} depends on the length of the gradient, and the loss was scaled: "

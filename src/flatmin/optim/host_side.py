@@ -98,15 +98,15 @@ class OnePassSide:
 
     def begin_step(self) -> None:
         """Before the graph reads anything: know w, unless it is known from the step before."""
-        self._has_moved = bool(self.optimizer._visit.owners)
-        is_known = self.optimizer._visit.saved is self._saved
-        if not is_known or self._versions != [param._version for param in self._params]:
-            known = self.optimizer._true_weights_as_left()
+        rest = self.optimizer.rest
+        self._has_moved = rest.has_moved
+        if not rest.is_kept_in(self._saved) or self._versions != [param._version for param in self._params]:
+            known = rest.true_weights() if rest.is_as_left() else {}
             torch._foreach_copy_(self.true, [known.get(param, param) for param in self._params])
 
     def end_step(self, loss: Tensor, last_loss: Tensor, is_taken: bool | Tensor) -> None:
         """After the graph has written everything: w is in ``true``, and the weights are elsewhere."""
         self.optimizer.diagnostics.measure_losses(loss, None)
         self.optimizer.diagnostics.count(self._has_moved, is_taken)
-        self.optimizer._rest_at(self._saved)
+        self.optimizer.rest.move_in(self._saved)
         self._versions = [param._version for param in self._params]

@@ -19,12 +19,11 @@ from flatmin.optim.freshness import has_fresh_gradient, is_fresh, mark_used
 from flatmin.optim.layers import LayerBall
 from flatmin.optim.leftover import refusing_leftovers
 from flatmin.optim.memory import Memory
-from flatmin.optim.perturbation import Saved
+from flatmin.optim.rest import Rest
 from flatmin.optim.rounding import Rounding, check_rounding
 from flatmin.optim.schedules import RhoSchedule, set_radii
 from flatmin.optim.seeding import seed_of
 from flatmin.optim.space import Space, active_space, every_space
-from flatmin.optim.visit import Visit
 from flatmin.optim.when import Always, GradientWhen, When
 from flatmin.optim.where import masked
 from flatmin.optim.wrapper import Wrapper, names_of
@@ -112,9 +111,7 @@ class OnePass(Wrapper):
         super().__init__(base, {"rho": rho, "is_perturbed": False, **self.ball.defaults})
         self._names = names_of(model, self.param_groups) if self.ball.metric.needs_names else {}
         self._memory = Memory(base)
-        self._visit = Visit()
-        self._versions: list[int] = []
-        self._loaded: list[Tensor] = []
+        self.rest = Rest()
         self._is_shown = False
 
     _step_supports_amp_scaling = True  # a gradient scaler calls step() also after an overflow, which is counted
@@ -178,7 +175,7 @@ class OnePass(Wrapper):
         if self._is_shown:
             yield
             return
-        self._go_home()
+        self.rest.go_home()
         self._is_shown = True
         try:
             yield
@@ -194,7 +191,7 @@ class OnePass(Wrapper):
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict, with ``rho`` in its groups; also w where the weights rest at w + eps."""
-        true = self._true_weights()
+        true = self.rest.true_weights()
         for owner, value in true.items():
             self.state[owner][_TRUE_WEIGHTS] = value
         self._mark_perturbed(bool(true))
@@ -220,7 +217,7 @@ class OnePass(Wrapper):
         entries = state_dict["state"].items()
         true = {params[key]: entry[_TRUE_WEIGHTS] for key, entry in entries if _TRUE_WEIGHTS in entry}
         others = {key: {name: x for name, x in entry.items() if name != _TRUE_WEIGHTS} for key, entry in entries}
-        self._go_home()
+        self.rest.go_home()
         super().load_state_dict({**state_dict, "state": {key: entry for key, entry in others.items() if entry}})
         if self.param_groups[0]["is_perturbed"] and not true:
             raise ValueError(
@@ -229,17 +226,11 @@ class OnePass(Wrapper):
             )
         self._mark_perturbed(False)
         self._rest_from(true)
-        if true:  # the model's may come after: torch.distributed.checkpoint has this order
-            self._loaded = [param.clone() for param in self._visit.params]
+        if true:
+            self.rest.await_model()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **super().__getstate__(),
-            "_visit": Visit(),
-            "_versions": [],
-            "_loaded": [],
-            "true_weights": self._true_weights(),
-        }
+        return {**super().__getstate__(), "rest": Rest(), "true_weights": self.rest.true_weights()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         true = state.pop("true_weights", {})
@@ -265,8 +256,8 @@ class OnePass(Wrapper):
     def _take_step(self, scaler: GradScaler | None) -> None:
         """Home, the base optimizer's update unless the gradient is not finite, and out again."""
         space = active_space(self.base, self._names, self._memory)
-        has_moved = bool(self._visit.owners)
-        self._go_home()
+        has_moved = self.rest.has_moved
+        self.rest.go_home()
         try:
             looks = self._unscale(space, scaler) or self.skip_nonfinite
             is_taken = guarded_step(self.base, space, found_inf=self._found_inf, looks=looks)
@@ -291,12 +282,6 @@ class OnePass(Wrapper):
         return scale is not None
 
     @torch.no_grad()
-    def _true_weights(self) -> dict[Tensor, Tensor]:
-        true = self._visit.values()
-        self._versions = [owner._version for owner in self._visit.owners]
-        return true
-
-    @torch.no_grad()
     def _rest_from(self, true: dict[Tensor, Tensor]) -> None:
         """Perturb the given true weights, or those that the parameters hold."""
         for param, value in true.items():
@@ -317,31 +302,7 @@ class OnePass(Wrapper):
         if number == 0 or not self.when(number) or not space.groups:
             return
         seed = seed_of(number) if self.rounding == "stochastic" else None
-        self._visit.ascend(space, masked(space, self.direction(space)), self.ball, is_last=True, seed=seed)
-        self._versions = [owner._version for owner in self._visit.owners]
-
-    def _is_as_left(self) -> bool:
-        """Whether nobody has written other weights where they rest; loading those that rested there is not that."""
-        is_untouched = self._versions == [owner._version for owner in self._visit.owners]
-        return is_untouched or bool(self._loaded and all(map(torch.equal, self._visit.params, self._loaded)))
-
-    def _true_weights_as_left(self) -> dict[Tensor, Tensor]:
-        """The perturbed parameters at w; none where somebody has written others."""
-        return self._true_weights() if self._is_as_left() else {}
-
-    def _rest_at(self, saved: Saved) -> None:
-        """The weights have been moved, by a compiled step: w is in ``saved``."""
-        self._visit = Visit(saved.targets, saved.targets, saved)
-        self._versions, self._loaded = [owner._version for owner in saved.targets], []
-
-    @torch.no_grad()
-    def _go_home(self) -> None:
-        """From where the weights rest to w, unless somebody has written others there."""
-        if self._is_as_left():
-            self._visit.go_home()
-        else:
-            self._visit.forget()
-        self._versions, self._loaded = [], []
+        self.rest.ascend(space, masked(space, self.direction(space)), self.ball, seed)
 
     def _check_pieces(self) -> None:
         if self.direction.needs_clean_gradient:

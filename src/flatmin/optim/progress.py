@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from flatmin.optim.corrections import Corrections
+
 
 @dataclass
 class Progress:
@@ -21,7 +23,6 @@ class Progress:
         averages_at_end: The replicas average their gradients once, when all micro-batches are done.
         clean: g of each parameter, where something needs it after the second pass.
         corrections: What is followed after the base optimizer's step.
-        has_scaled_corrections: They carry a loss scale that nobody has told us.
         loss_scale: The factor of the loss in mixed precision, where it is known; 0-dim.
         notes: What ``when`` has changed in the first group, kept in front of it until the step is taken.
     """
@@ -34,8 +35,7 @@ class Progress:
     is_in_turn: bool = False
     averages_at_end: bool = False
     clean: dict[Tensor, Tensor] = field(default_factory=dict)
-    corrections: dict[Tensor, Tensor] = field(default_factory=dict)
-    has_scaled_corrections: bool = False
+    corrections: Corrections = field(default_factory=Corrections)
     loss_scale: Tensor | None = None
     notes: ChainMap[str, Any] = field(default_factory=ChainMap)
 

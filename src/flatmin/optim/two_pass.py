@@ -16,8 +16,7 @@ from flatmin.optim.overflow import Overflow
 from flatmin.optim.passes import Replay
 from flatmin.optim.plan import Plan
 from flatmin.optim.seeding import seed_of
-from flatmin.optim.sharding import local
-from flatmin.optim.space import Space, active_space, as_owned, as_real, every_space
+from flatmin.optim.space import Space, active_space, as_owned, every_space
 from flatmin.optim.sync import GradientSync
 from flatmin.optim.visit import Visit
 from flatmin.optim.when import GradientWhen
@@ -133,7 +132,8 @@ class TwoPass:
         if self._collects_norms:
             self.diagnostics.measure_gradients(space, clean)
         if progress.is_perturbed:
-            self._correct(space, combine.correction(space, clean, space.grads), is_unscaled)
+            corrections = combine.correction(space, clean, space.grads)
+            progress.corrections.add(space.owners, corrections, progress.loss_scale, is_unscaled=is_unscaled)
             self._follow(space, combine(space, clean, space.grads))
         else:
             self._follow(space, combine.plain(space, space.grads))
@@ -150,9 +150,7 @@ class TwoPass:
         """All micro-batches are over: their mean or sum is the gradient to follow."""
         if not self.sum.num_terms:
             return
-        divisor = self.sum.num_terms if reduction == "mean" else 1
-        for correction in self.progress.corrections.values():
-            correction.div_(divisor)
+        self.progress.corrections.divide_(self.sum.num_terms if reduction == "mean" else 1)
         self.sum.give(reduction)
         if self.sync is not None and self.progress.averages_at_end:
             self._share_after_combining()
@@ -177,25 +175,7 @@ class TwoPass:
         if self.needs_averaging:
             self.sync.average(list(self.params()))
         if self.sync.sync != "global":
-            self.sync.average_tensors([*self.progress.corrections.values(), *self.memory.totals()])
-
-    def correct(self, is_taken: bool | Tensor, scale: Tensor | None) -> None:
-        """After the base optimizer's step: follow what the combination left for now.
-
-        Args:
-            is_taken: Whether the base took its step; 0-dim where only the device knows.
-            scale: The loss scale, which is still in the corrections where the passes did not know it.
-        """
-        found, is_scaled = self.progress.corrections, self.progress.has_scaled_corrections
-        if not found or is_taken is False:
-            return
-        for group in self.plan.base.param_groups:
-            lr = -group["lr"] if group.get("maximize", False) else group["lr"]
-            for owner in (param for param in group["params"] if param in found):
-                correction = found[owner] / scale.to(owner.device) if is_scaled and scale is not None else found[owner]
-                if isinstance(is_taken, Tensor):
-                    correction = torch.where(is_taken.to(correction.device), correction, 0.0)
-                as_real(local(owner)).sub_(lr * correction)
+            self.sync.average_tensors([*self.progress.corrections.tensors(), *self.memory.totals()])
 
     def give_up(self) -> None:
         """Back to w, with buffers and generators as the first pass left them; the gradients count as used."""
@@ -284,10 +264,3 @@ class TwoPass:
         for owner, grad, new in zip(space.owners, space.grads, followed, strict=True):
             if new is not grad:
                 owner.grad = as_owned(new, owner)
-
-    def _correct(self, space: Space, corrections: list[Tensor] | None, is_unscaled: bool) -> None:
-        found, scale = self.progress.corrections, None if is_unscaled else self.progress.loss_scale
-        self.progress.has_scaled_corrections = bool(corrections) and not is_unscaled and scale is None
-        for owner, correction in zip(space.owners, corrections or (), strict=bool(corrections)):
-            unscaled = correction if scale is None else correction / scale.to(correction.device)
-            found[owner] = found[owner] + unscaled if owner in found else unscaled

@@ -11,8 +11,9 @@ from torch import nn
 
 from flatmin.optim import Adaptive
 from flatmin.sharpness.interval import mean_and_half_width
+from flatmin.sharpness.loss_functions import LossFn
 from flatmin.sharpness.measure import Measure, NotFiniteError
-from flatmin.sharpness.objective import LossFn, LossOptions, Objective
+from flatmin.sharpness.objective import LossOptions, Objective
 from flatmin.sharpness.random_vectors import gaussian
 from flatmin.sharpness.scaling import described, metric_of, scaling_at_weights
 

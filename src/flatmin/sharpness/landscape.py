@@ -11,7 +11,8 @@ from torch.distributed import ProcessGroup
 
 from flatmin.sharpness.batches import num_examples
 from flatmin.sharpness.grid_log import GridLog, fingerprint
-from flatmin.sharpness.objective import LossFn, Objective
+from flatmin.sharpness.loss_functions import LossFn
+from flatmin.sharpness.objective import Objective
 from flatmin.sharpness.ranks import list_of_ranks
 from flatmin.sharpness.unchanged import batch_norm_layers, same_random_numbers, unchanged
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from flatmin.sharpness.average_case import average_case
 from flatmin.sharpness.eigenvalues import hessian_eigenvalues
+from flatmin.sharpness.loss_functions import LossFn
 from flatmin.sharpness.measure import NotFiniteError
-from flatmin.sharpness.objective import LossFn, Objective
+from flatmin.sharpness.objective import Objective
 from flatmin.sharpness.products import HessianOptions, loss_options
 from flatmin.sharpness.trace import hessian_trace
 from flatmin.sharpness.worst_case import worst_case

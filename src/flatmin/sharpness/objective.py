@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -12,12 +11,11 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
 from flatmin.sharpness.batches import micro_batches, num_examples, to_device
+from flatmin.sharpness.loss_functions import LossFn, on_batches
 from flatmin.sharpness.measure import Setting
 from flatmin.sharpness.ranks import share_buffers_, sum_over_ranks
 from flatmin.sharpness.selection import Selection, described, select_params
 from flatmin.sharpness.unchanged import BatchStatistics, batch_norm_layers, same_random_numbers, unchanged, wide
-
-LossFn = Callable[..., Tensor]
 
 
 class LossOptions(TypedDict, total=False):
@@ -68,7 +66,7 @@ class Objective:
             raise TypeError(f"data must be iterable more than once, got the iterator {type(data).__name__}")
         self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         self.data = data
-        self.loss_fn = _on_outputs(loss_fn) if _is_criterion(loss_fn) else loss_fn
+        self.loss_fn = on_batches(loss_fn)
         self.micro_batch = options.get("micro_batch")
         self.batch_norm = _checked_batch_norm(self.model, options.get("batch_norm"), self.micro_batch)
         self.selection = options.get("params")
@@ -228,25 +226,6 @@ class Objective:
         with torch.no_grad():
             for param, value in zip(self.params, values, strict=True):
                 param.copy_(value)
-
-
-def _is_criterion(loss_fn: LossFn) -> bool:
-    if isinstance(loss_fn, partial):
-        return _is_criterion(loss_fn.func)
-    return isinstance(loss_fn, nn.Module) or getattr(loss_fn, "__module__", None) == "torch.nn.functional"
-
-
-def _on_outputs(criterion: LossFn) -> LossFn:
-    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise TypeError(
-                f"a batch must be (inputs, targets) where loss_fn compares outputs with targets, got "
-                f"{type(batch).__name__}: give loss_fn(model, batch) instead"
-            )
-        inputs, targets = batch
-        return criterion(model(inputs), targets)
-
-    return loss_fn
 
 
 def _checked_batch_norm(

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from flatmin.optim import joint_norm
+from flatmin.sharpness.loss_functions import LossFn
 from flatmin.sharpness.measure import NotFiniteError, Setting
-from flatmin.sharpness.objective import LossFn, LossOptions, Objective
+from flatmin.sharpness.objective import LossOptions, Objective
 
 Method = Literal["double_backward", "finite_differences"]
 Product = Callable[[Tensor], Tensor]

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from flatmin.sharpness.interval import mean_and_half_width, student_quantile
 from flatmin.sharpness.lanczos import Tridiagonal, lanczos
+from flatmin.sharpness.loss_functions import LossFn
 from flatmin.sharpness.measure import Measure
-from flatmin.sharpness.objective import LossFn, Objective
+from flatmin.sharpness.objective import Objective
 from flatmin.sharpness.products import (
     HessianOptions,
     checked_product,

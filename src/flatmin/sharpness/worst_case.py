@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from flatmin.optim import Adaptive, Ball
 from flatmin.sharpness.interval import mean_and_half_width
+from flatmin.sharpness.loss_functions import LossFn
 from flatmin.sharpness.measure import Measure, NotFiniteError
-from flatmin.sharpness.objective import LossFn, LossOptions, Objective
+from flatmin.sharpness.objective import LossOptions, Objective
 from flatmin.sharpness.ranks import list_of_ranks
 from flatmin.sharpness.scaling import described, metric_of, scaling_at_weights, space_at_weights
 

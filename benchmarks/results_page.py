@@ -167,6 +167,7 @@ def cost_picture(record: Row) -> Figure:
         axes.annotate(row["name"], (row["time"], -more.mean), (6, 6), textcoords="offset points")
     axes.plot([1.0], [0.0], marker="*", color="#555555")
     axes.axhline(0.0, color="#808080", linewidth=0.8)
+    axes.margins(x=0.12)  # room for the last name
     axes.set(xlabel="time relative to SGD", ylabel="accuracy minus SGD's, percentage points")
     return figure
 

@@ -5,7 +5,8 @@ momentum. Counted are the calls of the closure, and the copies of the parameters
 gradients and SGD's momentum: when the last pass of a step begins, and between steps. Timed are whole steps, in rounds
 in which SGD and the method take one step each on the same batch; a method's time is the median of the round-by-round
 ratios, taken apart for steps with one pass and with two and weighted by how many there were. The C library keeps the
-memory of tensors that are gone, as otherwise chance decides which of two contenders pays for fresh pages in every step.
+memory of tensors that are gone, as otherwise chance decides which of two contenders pays for fresh pages in every step;
+where two networks lie in memory is chance, too, so that the rounds are those of several pairs.
 """
 
 import gc
@@ -30,6 +31,7 @@ NETWORKS = {"timed": "small-cnn", "counted": "wrn-10-4"}  # beside the second, a
 QUICK_NETWORKS = dict.fromkeys(NETWORKS, "resnet-8")
 IMAGE_SIZE = 28
 BATCH_SIZE = 128
+PAIRS = 4
 
 Batch = tuple[Tensor, Tensor]
 
@@ -75,21 +77,47 @@ class Training:
         return seconds
 
 
-def relative_time(own: Sequence[float], other: Sequence[float], passes: Sequence[int]) -> float:
+def relative_time(own: Sequence[float], other: Sequence[float], passes: Sequence[int], every: Sequence[int]) -> float:
     """Mean time of a step over another's.
 
     Args:
-        own: Seconds of the timed steps, the last ones.
+        own: Seconds of the steps.
         other: Seconds of the other's steps in the same rounds.
-        passes: Of every step, the untimed ones too.
+        passes: Of the steps.
+        every: Passes of all steps of a run, also of those that were not timed.
 
     Returns:
-        The median ratio for each number of passes, weighted by how many steps made so many.
+        The median ratio for each number of passes, weighted by how many steps of a run make so many.
     """
-    timed_rounds = list(zip(own, other, passes[-len(own) :], strict=True))
-    ratios = {number: [left / right for left, right, made in timed_rounds if made == number] for number in {*passes}}
-    counts = {number: passes.count(number) for number, each in ratios.items() if each}
+    ratios: dict[int, list[float]] = {}
+    for left, right, number in zip(own, other, passes, strict=True):
+        ratios.setdefault(number, []).append(left / right)
+    counts = {number: every.count(number) for number in ratios}
     return sum(statistics.median(ratios[number]) * count for number, count in counts.items()) / sum(counts.values())
+
+
+def time_beside_sgd(
+    training: Callable[..., Training], name: Method, rounds: int
+) -> tuple[dict[str, list[float]], list[int], list[int]]:
+    """Let pairs of networks train beside each other, ``PAIRS`` of them one after the other.
+
+    Returns:
+        Seconds of the timed steps of SGD and of the method, the method's passes in these, and in all its steps.
+    """
+    seconds: dict[str, list[float]] = {"sgd": [], name: []}
+    passes: list[int] = []
+    every: list[int] = []
+    each_rounds = max(1, rounds // PAIRS)
+    num_steps = each_rounds + max(1, each_rounds // 4)
+    for _ in range(rounds // each_rounds):
+        pair = {each: training(each, num_steps) for each in seconds}
+        turns: dict[str, Stopwatch] = {each: partial(take_next_step, trained) for each, trained in pair.items()}
+        found = interleaved(turns, each_rounds)
+        for each, values in found.items():
+            seconds[each].extend(values)
+        passes.extend(pair[name].passes[-each_rounds:])
+        every.extend(pair[name].passes)
+    return seconds, passes, every
 
 
 def copies(network: str, method: Method, num_steps: int) -> tuple[float, float]:
@@ -123,22 +151,21 @@ def measure(options: Options) -> Iterator[tuple[str, Case]]:
     """Every method at its defaults, with one thread."""
     names: tuple[Method, ...] = ("sgd", "sam", "msam") if options.quick else get_args(Method)
     networks, rounds = QUICK_NETWORKS if options.quick else NETWORKS, options.rounds(60)
-    num_steps, batch_size = rounds + max(1, rounds // 4), 8 if options.quick else BATCH_SIZE
+    batch_size = 8 if options.quick else BATCH_SIZE
     rows: dict[str, dict[str, Any]] = {}
     keeps_memory = keep_freed_memory()
     with torch_threads(1):
         for name in names:
             during, between = copies(networks["counted"], name, num_steps=2 if options.quick else 8)
-            pair = {each: Training(networks["timed"], each, num_steps, batch_size) for each in ("sgd", name)}
-            turns: dict[str, Stopwatch] = {each: partial(take_next_step, trained) for each, trained in pair.items()}
-            seconds = interleaved(turns, rounds)
-            passes = pair[name].passes
+            seconds, passes, every = time_beside_sgd(
+                partial(Training, networks["timed"], batch_size=batch_size), name, rounds
+            )
             rows[name] = {
-                "passes_per_step": statistics.mean(passes),
+                "passes_per_step": statistics.mean(every),
                 "copies_during": during,
                 "copies_between": between,
-                "relative_time": relative_time(seconds[name], seconds["sgd"], passes),
-                "passes": passes[-rounds:],
+                "relative_time": relative_time(seconds[name], seconds["sgd"], passes, every),
+                "passes": passes,
             }
             yield name, Case(seconds, "sgd")
     facts: dict[str, Any] = {"threads": 1, "image_size": IMAGE_SIZE, "batch": BATCH_SIZE, **networks}

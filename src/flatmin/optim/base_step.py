@@ -1,6 +1,5 @@
 """The base optimizer's update, left out where a gradient is not finite, with loss scaling undone before."""
 
-import math
 from typing import Any
 
 import torch
@@ -50,7 +49,7 @@ def guarded_step(base: Optimizer, space: Space, *, found_inf: Tensor | None, loo
     if found_inf is None and not looks:
         base.step()
         return True
-    is_finite = space.norm(space.grads, math.inf).isfinite()
+    is_finite = space.has_finite_grads()
     if found_inf is not None:
         is_finite = is_finite & (found_inf.to(is_finite.device) == 0)
     if _skips_on_device(base) and not _creates_momentum(base):

@@ -1,5 +1,6 @@
 """The parameters a step works on, as one vector: what pieces read, measure and remember."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -108,6 +109,12 @@ class Space:
         arrays = self.arrays_with(tensors)
         return joint_norm(tensors, p, None if arrays is None else arrays.of_partners())
 
+    def has_finite_grads(self) -> Tensor:
+        """Whether every entry of the gradients is finite, in all shards; 0-dim."""
+        if self.shards is None and self.arrays is not None:
+            return kernel.sum_of_squares(self.arrays.of_partners()).isfinite()  # in float64 no square overflows
+        return self.norm(self.grads, math.inf).isfinite()
+
     def dot(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         """The dot product over all entries, see ``joint_dot``."""
         return joint_dot(left, right) if self.shards is None else self.shards.dot(left, right)
@@ -141,7 +148,7 @@ class Space:
     def finite_with_rest(self, is_finite: Tensor) -> Tensor:
         """Whether the perturbed part's gradients are finite, as is known, and those of the others are, too; 0-dim."""
         rest = Space([group for group in self.groups if not group.options.get("perturb", True)])
-        return is_finite & rest.norm(rest.grads).isfinite().to(is_finite.device) if rest.groups else is_finite
+        return is_finite & rest.has_finite_grads().to(is_finite.device) if rest.groups else is_finite
 
 
 def active_space(

@@ -77,6 +77,19 @@ def test_skipping_can_be_turned_off():
     assert optimizer.diagnostics.num_skipped_steps == 0
 
 
+@pytest.mark.usefixtures("arithmetic")
+@pytest.mark.parametrize(("entry", "is_taken"), [(3e38, True), (float("inf"), False), (float("nan"), False)])
+def test_a_gradient_is_skipped_for_its_entries_and_not_for_its_length(entry, is_taken):
+    """Four entries of 3e38 are finite numbers, their norm is none in float32."""
+    weights, others = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(5000))
+    optimizer = flatmin.MSAM(torch.optim.SGD([weights, others], lr=1e-30, momentum=0.9))
+    (weights.sum() * entry + others.sum()).backward()
+    optimizer.step()
+    with optimizer.unperturbed():
+        assert weights.tolist() == pytest.approx([-3e8 if is_taken else 0.0] * 4)
+    assert optimizer.diagnostics.num_skipped_steps == (0 if is_taken else 1)
+
+
 def test_a_non_finite_first_gradient_does_not_reach_the_running_statistics():
     """Without model= nobody restores them, so the second pass must not run at weights that are not finite."""
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))

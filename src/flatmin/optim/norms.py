@@ -37,7 +37,9 @@ def joint_norm(tensors: Sequence[Tensor], p: float = 2.0, arrays: kernel.Arrays 
             norm = kernel.sum_of_squares(arrays).sqrt()
             tiny = torch.finfo(wide).tiny  # 1 / norm stays finite
             pieces.append(torch.where(norm < tiny, 0.0, norm).to(wide).view(1))
-        tensors = [] if arrays.all_fit else [x for x, at in zip(tensors, arrays.addresses, strict=True) if not at]
+            if arrays.all_fit:
+                return pieces[0].view(())
+        tensors = [x for x, at in zip(tensors, arrays.addresses, strict=True) if not at]
     small: list[Tensor] = []
     medium: list[Tensor] = []
     long: list[Tensor] = []

@@ -31,7 +31,7 @@ NETWORKS = {"timed": "small-cnn", "counted": "wrn-10-4"}  # beside the second, a
 QUICK_NETWORKS = dict.fromkeys(NETWORKS, "resnet-8")
 IMAGE_SIZE = 28
 BATCH_SIZE = 128
-PAIRS = 4
+PAIRS = 3
 
 Batch = tuple[Tensor, Tensor]
 
@@ -150,7 +150,7 @@ def random_batch(seed: int) -> Batch:
 def measure(options: Options) -> Iterator[tuple[str, Case]]:
     """Every method at its defaults, with one thread."""
     names: tuple[Method, ...] = ("sgd", "sam", "msam") if options.quick else get_args(Method)
-    networks, rounds = QUICK_NETWORKS if options.quick else NETWORKS, options.rounds(60)
+    networks, rounds = QUICK_NETWORKS if options.quick else NETWORKS, options.rounds(90)
     batch_size = 8 if options.quick else BATCH_SIZE
     rows: dict[str, dict[str, Any]] = {}
     keeps_memory = keep_freed_memory()

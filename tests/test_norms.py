@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from flatmin.optim.norms import joint_dot, joint_norm
+from flatmin.optim.norms import each_norm, joint_dot, joint_norm
 
 pytestmark = pytest.mark.usefixtures("arithmetic")
 
@@ -46,6 +46,19 @@ def test_half_precision_does_not_overflow():
 def test_mixed_dtypes_make_one_norm():
     mixed = [torch.ones(4, dtype=torch.bfloat16), torch.ones(5), torch.ones(16, dtype=torch.float16)]
     assert joint_norm(mixed).item() == 5.0
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, math.inf])
+def test_each_norm_is_that_of_one_tensor_whatever_the_others_are(p):
+    kinds = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+    tensors = [tensor for kind in kinds for tensor in _tensors(kind)]
+    tensors.append(torch.full((10,), 300.0, dtype=torch.float16))  # whose squares are beyond float16
+    norms = each_norm(tensors, p)
+    for tensor, norm in zip(tensors, norms, strict=True):
+        is_double = tensor.dtype == torch.float64
+        expected = torch.linalg.vector_norm(tensor.double(), p).item()
+        assert norm.dtype == (torch.float64 if is_double else torch.float32)
+        assert norm.item() == pytest.approx(expected, rel=1e-12 if is_double else 1e-5)
 
 
 def test_joint_dot_equals_the_dot_product_of_one_vector():

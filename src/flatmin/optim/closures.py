@@ -14,7 +14,7 @@ def as_closures(closure: Closure | Sequence[Closure]) -> list[Closure]:
     Raises:
         ValueError: There is none.
     """
-    closures = list(closure) if isinstance(closure, Sequence) else [closure]
+    closures = [closure] if callable(closure) else list(closure)
     if not closures:
         raise ValueError("closure must not be an empty list")
     return [torch.enable_grad()(each) for each in closures]

@@ -68,13 +68,13 @@ class ZScore:
     def _kept(self, tensor: Tensor, owner: Tensor) -> Tensor:
         if owner.numel() < 2:
             return tensor
-        entries = whole(tensor, owner).float()  # all of them, since ranks cannot be summed over shards
-        mean = entries.mean()
+        entries = whole(tensor, owner)  # all of them, since ranks cannot be summed over shards
+        mean = entries.float().mean()
+        distances = (entries.float() - mean).abs()
         rank = int(self.quantile * (entries.numel() - 1))  # torch.quantile refuses more than 16 million entries
-        threshold = (entries - mean).abs().flatten().kthvalue(rank + 1).values
-        distance = (tensor.float() - mean).abs()
-        keeps = (distance > threshold) | distance.isfinite().logical_not()  # a bad gradient must not look good
-        return torch.where(keeps, tensor, 0.0)
+        threshold = distances.flatten().kthvalue(rank + 1).values
+        own = distances if entries is tensor else (tensor.float() - mean).abs()
+        return torch.where(own <= threshold, 0.0, tensor)  # NaN, of a gradient that is not finite, is kept
 
 
 class Centralised:

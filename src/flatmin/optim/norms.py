@@ -52,14 +52,20 @@ def joint_norm(tensors: Sequence[Tensor], p: float = 2.0, arrays: kernel.Arrays 
         vectors = [tensor if tensor.dim() == 1 else tensor.reshape(-1) for tensor in small[start : start + _BATCH]]
         long.append(torch.cat(vectors))
     pieces.extend(norm for tensor in long for norm in _row_norms(tensor, p, wide))
-    for part in _by_device(medium):
-        if torch._C._functorch.is_batchedtensor(part[0]):  # vmap has no rule for lists of tensors
-            norms = tuple(torch.linalg.vector_norm(tensor, p, dtype=wide) for tensor in part)
-        else:
-            norms = torch._foreach_norm(part, p, wide)
-        pieces.append(torch.stack(norms))
+    pieces.extend(torch.stack(_norms_at_once(part, p, wide)) for part in _by_device(medium))
     length: Tensor = torch.linalg.vector_norm(torch.cat([piece.to(device) for piece in pieces]), p)
     return length
+
+
+def each_norm(tensors: Sequence[Tensor], p: float = 2.0) -> list[Tensor]:
+    """The p-norm of each tensor on its own, 0-dim and at least float32, see ``joint_norm``."""
+    norms = [joint_norm([tensor], p) if tensor.is_cpu and tensor.numel() > _AT_ONCE else None for tensor in tensors]
+    for dtype in {tensor.dtype for tensor in tensors}:
+        indices = [i for i, norm in enumerate(norms) if norm is None and tensors[i].dtype == dtype]
+        wide = torch.promote_types(dtype, torch.float32)
+        for index, norm in zip(indices, _norms_at_once([tensors[i] for i in indices], p, wide), strict=True):
+            norms[index] = norm
+    return [norm for norm in norms if norm is not None]
 
 
 def joint_dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
@@ -83,6 +89,12 @@ def dual_order(p: float) -> float:
     if p == 1.0:
         return math.inf
     return 1.0 if math.isinf(p) else p / (p - 1.0)
+
+
+def _norms_at_once(tensors: list[Tensor], p: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    if any(map(torch._C._functorch.is_batchedtensor, tensors)):  # vmap has no rule for lists of tensors
+        return tuple(torch.linalg.vector_norm(tensor, p, dtype=dtype) for tensor in tensors)
+    return torch._foreach_norm(tensors, p, dtype) if tensors else ()
 
 
 def _row_norms(tensor: Tensor, p: float, dtype: torch.dtype) -> list[Tensor]:

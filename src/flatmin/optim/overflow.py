@@ -31,6 +31,8 @@ class Overflow:
             owners: The parameters that had a gradient.
         """
         self.close()
+        if is_finite.device.type == "cpu" and is_finite:  # known without waiting: there is nothing to pass on
+            return
         self._is_finite = is_finite
         step = max(1, len(owners) // _NUM_CARRIERS)
         self._handles = [

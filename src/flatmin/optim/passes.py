@@ -173,6 +173,7 @@ def buffers_of(model: nn.Module) -> _Buffers:
     return [
         (module, name, buffer, None if buffer is None else buffer.clone())
         for module in model.modules()
+        if module._buffers
         for name, buffer in module._buffers.items()
     ]
 
@@ -221,8 +222,9 @@ def set_generators(states: _Generators) -> None:
 
 def set_buffers(buffers: _Buffers) -> None:
     """Put the values back, in the tensors that held them."""
-    with torch.no_grad():
-        for module, name, buffer, value in buffers:
-            module._buffers[name] = buffer  # a module may have bound a new tensor instead of writing into this one
-            if buffer is not None and value is not None:
-                buffer.copy_(value)
+    for module, name, buffer, _ in buffers:
+        module._buffers[name] = buffer  # a module may have bound a new tensor instead of writing into this one
+    pairs = [(buffer, value) for _, _, buffer, value in buffers if buffer is not None and value is not None]
+    if pairs:
+        with torch.no_grad():
+            torch._foreach_copy_([buffer for buffer, _ in pairs], [value for _, value in pairs])

@@ -63,7 +63,7 @@ class _Move:
     """``params += scales * tensors``; the other two as for ``perturb_``."""
 
     params: Sequence[Tensor]
-    tensors: list[Tensor]
+    tensors: Sequence[Tensor]
     scales: Sequence[Tensor]
     spent: Sequence[Tensor]
     generators: "_Generators | None"
@@ -92,7 +92,7 @@ class _Generators:
 
 def perturb_(
     params: Sequence[Tensor],
-    tensors: list[Tensor],
+    tensors: Sequence[Tensor],
     scales: Sequence[Tensor],
     spent: Sequence[Tensor] = (),
     *,

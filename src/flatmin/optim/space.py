@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from flatmin.optim import kernel
 from flatmin.optim.memory import Memory
-from flatmin.optim.norms import joint_dot, joint_norm
+from flatmin.optim.norms import each_norm, joint_dot, joint_norm
 from flatmin.optim.sharding import Shards, is_sharded, local, placed_like
 
 
@@ -123,7 +123,7 @@ class Space:
         """The p-norm of each tensor on its own, 0-dim and at least float32."""
         if self.shards is not None:
             return self.shards.norms(tensors, p)
-        return [joint_norm([tensor], p) for tensor in tensors]
+        return each_norm(tensors, p)
 
     def recall(self, name: str) -> list[Tensor | None]:
         """What was remembered of each parameter under a name, shaped like ``params``; ``None`` where nothing was."""

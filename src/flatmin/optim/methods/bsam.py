@@ -170,19 +170,20 @@ class BSAM(Optimizer):
             loss = closure()
             saved.restore_()
             saved = None
-            rises = {p: self._precision(p, group).sqrt() * g.abs() for p, (g, group) in self._gradients().items()}
-            saved = self._perturb_by_gradient()
+            params, grads = self._gradients()
+            rises = torch._foreach_mul(torch._foreach_sqrt(self._precisions(params)), torch._foreach_abs(grads))
+            saved = self._perturb_by(params, grads)
             if self._replay is not None:
                 self._replay.rewind()
             self._clear_gradients()
             closure()
-            there = self._gradients()
+            there = dict(zip(*self._gradients(), strict=True))
         finally:
             if saved is not None:
                 saved.restore_()
             if self._replay is not None:
                 self._replay.finish()
-        return loss, {p: (rises[p], there[p][0]) for p in there if p in rises}
+        return loss, {p: (rise, there[p]) for p, rise in zip(params, rises, strict=True) if p in there}
 
     def _update(self, total: dict[Tensor, tuple[Tensor, Tensor]], number: int) -> None:
         """Momentum, weights and precision; nothing where a gradient is not finite."""
@@ -191,46 +192,56 @@ class BSAM(Optimizer):
         if not is_finite:
             return
         for group in self.param_groups:
-            (beta1, beta2), decay = group["betas"], group["weight_decay"]
-            for param in (p for p in group["params"] if p in total):
-                rise, g_p = (x / number for x in total[param])
-                state = self.state[param]
-                precision = self._precision(param, group)
-                momentum = state.get("momentum", torch.zeros_like(param))
-                state["momentum"] = beta1 * momentum + (1.0 - beta1) * (g_p + decay * param)
-                param.sub_(group["lr"] * state["momentum"] / precision)
-                state["precision"] = beta2 * precision + (1.0 - beta2) * (rise + group["damping"] + decay)
             group["num_steps"] += 1
+            params = [param for param in group["params"] if param in total]
+            if params:
+                rises, grads = zip(*(total[param] for param in params), strict=True)
+                self._update_group(group, params, torch._foreach_div(rises, number), torch._foreach_div(grads, number))
+
+    def _update_group(
+        self, group: dict[str, Any], params: list[Tensor], rises: tuple[Tensor, ...], grads: tuple[Tensor, ...]
+    ) -> None:
+        (beta1, beta2), decay = group["betas"], group["weight_decay"]
+        precisions = self._precisions(params)
+        old = [self.state[param].get("momentum") for param in params]
+        old = [torch.zeros_like(param) if each is None else each for param, each in zip(params, old, strict=True)]
+        followed = torch._foreach_add(grads, params, alpha=decay)
+        momenta = torch._foreach_add(torch._foreach_mul(old, beta1), followed, alpha=1.0 - beta1)
+        torch._foreach_addcdiv_(params, momenta, precisions, value=-group["lr"])
+        added = torch._foreach_add(rises, group["damping"] + decay)
+        new = torch._foreach_add(torch._foreach_mul(precisions, beta2), added, alpha=1.0 - beta2)
+        for param, momentum, precision in zip(params, momenta, new, strict=True):
+            self.state[param].update(momentum=momentum, precision=precision)
 
     def _perturb_by_noise(self, generators: dict[torch.device, torch.Generator | None]) -> Saved:
-        params, noises, scales = [], [], []
-        for group in self.param_groups:
-            for param in (p for p in group["params"] if p.requires_grad):
-                shape, generator = param.shape, generators[param.device]
-                noise = torch.randn(shape, generator=generator, dtype=param.dtype, device=param.device)
-                params.append(param)
-                noises.append(noise * (self.num_data * self._precision(param, group)).rsqrt())
-                scales.append(param.new_ones(()))
-        return perturb_(params, noises, scales)
+        params = [param for param in self._params() if param.requires_grad]
+        noises = [
+            torch.randn(param.shape, generator=generators[param.device], dtype=param.dtype, device=param.device)
+            for param in params
+        ]
+        deviations = torch._foreach_rsqrt(torch._foreach_mul(self._precisions(params), self.num_data))
+        return perturb_(params, torch._foreach_mul(noises, deviations), [param.new_ones(()) for param in params])
 
-    def _perturb_by_gradient(self) -> Saved | None:
+    def _perturb_by(self, params: list[Tensor], grads: list[Tensor]) -> Saved | None:
         """To w + rho g / s; nowhere where that is not finite, since the update will be skipped."""
-        found = self._gradients()
-        steps = [g / self._precision(p, group) for p, (g, group) in found.items()]
-        if not all(bool(step.isfinite().all()) for step in steps):
+        steps = torch._foreach_div(grads, self._precisions(params))
+        if not joint_norm(steps, math.inf).isfinite():
             return None
-        radii = [step.new_tensor(group["rho"]) for step, (_, group) in zip(steps, found.values(), strict=True)]
-        return perturb_(list(found), steps, radii)
+        radii = {param: group["rho"] for group in self.param_groups for param in group["params"]}
+        return perturb_(params, steps, [step.new_tensor(radii[p]) for p, step in zip(params, steps, strict=True)])
 
-    def _precision(self, param: Tensor, group: dict[str, Any]) -> Tensor:
-        known: Tensor | None = self.state[param].get("precision") if param in self.state else None
-        return torch.full_like(param, group["initial_precision"]) if known is None else known
+    def _precisions(self, params: list[Tensor]) -> list[Tensor]:
+        """The scale s of each parameter; the initial one before its first step."""
+        initial = {param: group["initial_precision"] for group in self.param_groups for param in group["params"]}
+        known = [self.state[param].get("precision") if param in self.state else None for param in params]
+        return [torch.full_like(p, initial[p]) if s is None else s for p, s in zip(params, known, strict=True)]
 
-    def _gradients(self) -> dict[Tensor, tuple[Tensor, dict[str, Any]]]:
-        found = {p: (p.grad, group) for group in self.param_groups for p in group["params"] if p.grad is not None}
-        if not found:
+    def _gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters that have a gradient, and the gradients."""
+        params = [param for param in self._params() if param.grad is not None]
+        if not params:
             raise RuntimeError("no parameter has a gradient: backward() must run inside the closure")
-        return found
+        return params, [param.grad for param in params if param.grad is not None]
 
     def _params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])

@@ -101,7 +101,7 @@ class NoiseOfGradient:
         """``d_t``."""
         means = space.recall("mean_gradient")
         space.remember("mean_gradient", _updated_means(space, "mean_gradient", 1.0 - self.lmbda))
-        return [g if m is None else g - self.sigma * m for g, m in zip(space.grads, means, strict=True)]
+        return [g if m is None else torch.sub(g, m, alpha=self.sigma) for g, m in zip(space.grads, means, strict=True)]
 
 
 class BaseMomentum:

@@ -166,8 +166,9 @@ def cost_picture(record: Row) -> Figure:
         axes.errorbar([row["time"]], [-more.mean], [more.half_width], marker="o", capsize=3)
         axes.annotate(row["name"], (row["time"], -more.mean), (6, 6), textcoords="offset points")
     axes.plot([1.0], [0.0], marker="*", color="#555555")
+    axes.annotate("SGD", (1.0, 0.0), (-6, 6), textcoords="offset points", horizontalalignment="right")
     axes.axhline(0.0, color="#808080", linewidth=0.8)
-    axes.margins(x=0.12)  # room for the last name
+    axes.margins(x=0.25)  # room for the names
     axes.set(xlabel="time relative to SGD", ylabel="accuracy minus SGD's, percentage points")
     return figure
 

@@ -92,7 +92,8 @@ def dual_order(p: float) -> float:
 
 
 def _norms_at_once(tensors: list[Tensor], p: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    if any(map(torch._C._functorch.is_batchedtensor, tensors)):  # vmap has no rule for lists of tensors
+    # vmap has no rule for lists of tensors, and inductor calls one from compiled code at a detour
+    if torch.compiler.is_compiling() or any(map(torch._C._functorch.is_batchedtensor, tensors)):
         return tuple(torch.linalg.vector_norm(tensor, p, dtype=dtype) for tensor in tensors)
     return torch._foreach_norm(tensors, p, dtype) if tensors else ()
 

@@ -54,6 +54,26 @@ def test_a_combination_gets_both_gradients_and_its_result_is_followed(zero_grad,
     torch.testing.assert_close(weights.detach(), start - (3 * start + there) / 4)
 
 
+@pytest.mark.parametrize("door", [through_closure, through_two_steps, through_context])
+@pytest.mark.parametrize("method", ["mean", "StableSAM"])
+def test_a_gradient_at_w_alone_counts_in_a_combination(method, door):
+    """An expert to which w sends something and w + eps nothing has g and no g_p, which is a g_p of zero."""
+    start = [torch.tensor([3.0, 4.0], dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64)]
+    params = [nn.Parameter(value.clone()) for value in start]
+    base = torch.optim.SGD(params, lr=1.0)
+    optimizer = SharpnessAware(base, 0.5, combine=_Mean()) if method == "mean" else flatmin.StableSAM(base, 0.5)
+
+    def loss():
+        expert = 2 * params[1].sum() if torch.equal(params[1].detach(), start[1]) else 0.0
+        return params[0].square().sum() / 2 + expert
+
+    door(optimizer, loss)
+    g = torch.tensor([3.0, 4.0, 2.0], dtype=torch.float64)
+    g_p = torch.cat([start[0] * (1 + 0.5 / g.norm()), torch.zeros(1, dtype=torch.float64)])
+    followed = (3 * g + g_p) / 4 if method == "mean" else g.norm() / g_p.norm() * g_p
+    torch.testing.assert_close(torch.cat([p.detach() for p in params]), torch.cat(start) - followed)
+
+
 def test_a_direction_of_ones_own_is_followed():
     class Uphill:
         needs_clean_gradient, depends_on_scale = True, False

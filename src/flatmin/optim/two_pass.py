@@ -125,6 +125,8 @@ class TwoPass:
         self.overflow.deliver(self.params())
         if self.needs_averaging:
             self._share_before_combining()
+        if combine.needs_clean_gradient:
+            self._complete_gradients()
         space = self.space()
         if is_unscaled:
             space = replace(space, loss_scale=None)
@@ -259,6 +261,12 @@ class TwoPass:
                 "pass the scaler to the first step as well, first_step(scaler=scaler)"
             )
         return [torch.zeros_like(g_p) if g is None else g for g, g_p in zip(clean, space.grads, strict=True)]
+
+    def _complete_gradients(self) -> None:
+        """Zeros where the loss at w depends on a parameter and that at w + eps does not: its clean gradient counts."""
+        for owner in self.progress.clean:
+            if owner.grad is None:
+                owner.grad = torch.zeros_like(owner)
 
     def _follow(self, space: Space, followed: list[Tensor]) -> None:
         for owner, grad, new in zip(space.owners, space.grads, followed, strict=True):

@@ -1,7 +1,7 @@
 """The loss that a measure looks at: its mean over all data, as a function of the chosen parameters."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypedDict, Unpack
 
@@ -57,11 +57,12 @@ class Objective:
         options: See ``LossOptions``.
 
     Raises:
-        TypeError: ``data`` can be iterated only once.
+        TypeError: ``data`` can be iterated only once, or an option is unknown.
         ValueError: No parameter is chosen, or ``batch_norm`` is missing or meets an option that contradicts it.
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, data: Iterable[Any], **options: Unpack[LossOptions]) -> None:
+        refuse_unknown(options, LossOptions)
         if isinstance(data, Iterator):
             raise TypeError(f"data must be iterable more than once, got the iterator {type(data).__name__}")
         self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
@@ -199,9 +200,7 @@ class Objective:
             total = sum_over_ranks(total.to(self.device), self.process_group)
             weight = torch.tensor([weights], dtype=torch.float64, device=self.device)
             weights = sum_over_ranks(weight, self.process_group).item()
-        if not weights > 0.0:
-            raise ValueError("data must hold at least one batch of positive weight, got none")
-        return total / weights
+        return mean_of(total, weights)
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
         """One tensor per chosen parameter as one vector."""
@@ -226,6 +225,25 @@ class Objective:
         with torch.no_grad():
             for param, value in zip(self.params, values, strict=True):
                 param.copy_(value)
+
+
+def mean_of(total: Tensor, weights: float) -> Tensor:
+    """A weighted sum over batches, made the weighted mean.
+
+    Raises:
+        ValueError: There was no batch.
+    """
+    if not weights > 0.0:
+        raise ValueError("data must hold at least one batch of positive weight, got none")
+    return total / weights
+
+
+def refuse_unknown(options: Mapping[str, Any], known: type) -> None:
+    """Raise ``TypeError`` for options that are none of a ``TypedDict``'s: a misspelt one would be left out in silence."""
+    names = sorted(known.__annotations__)
+    unknown = sorted(options.keys() - names)
+    if unknown:
+        raise TypeError(f"options must be among {', '.join(names)}, got {', '.join(unknown)}")
 
 
 def _checked_batch_norm(

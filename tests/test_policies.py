@@ -153,6 +153,16 @@ def test_values_outside_the_domain_are_refused_by_name(row):
             row.method(sgd(model.parameters()), 0.1, model=model, **{**row.options, **options})
 
 
+@pytest.mark.parametrize("wrong", [1.5, float("nan")])
+def test_a_probability_that_a_function_gives_is_checked_too(wrong):
+    when = Bernoulli(lambda step: wrong if step == 2 else 0.5)
+    when(1)
+    with pytest.raises(ValueError, match=f"probability must be in \\[0, 1\\], got {wrong}"):
+        when(2)
+    with pytest.raises(ValueError, match="seed must be >= 0, got -1"):
+        Bernoulli(0.5, seed=-1)
+
+
 def test_bernoulli_draws_have_the_probability_and_are_independent():
     draws = torch.tensor([Bernoulli(0.3, seed=4)(step) for step in range(4000)], dtype=torch.float64)
     assert abs(draws.mean() - 0.3) < 4 * math.sqrt(0.21 / 4000)

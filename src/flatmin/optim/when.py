@@ -67,14 +67,17 @@ class Bernoulli:
     """
 
     def __init__(self, probability: float | Callable[[int], float], seed: int = 0) -> None:
-        if not callable(probability) and not 0.0 <= probability <= 1.0:
-            raise ValueError(f"probability must be in [0, 1], got {probability}")
+        if not callable(probability):
+            _check_probability(probability)
+        if not seed >= 0:
+            raise ValueError(f"seed must be >= 0, got {seed}")
         self.probability = probability
         self.seed = seed
 
     def __call__(self, step: int) -> bool:
         """Whether the draw of this step falls below the probability."""
         probability = self.probability(step) if callable(self.probability) else self.probability
+        _check_probability(probability)
         generator = torch.Generator().manual_seed(seed_of(self.seed, step))
         return float(torch.rand((), generator=generator)) < probability
 
@@ -175,6 +178,11 @@ class Within:
     def decide(self, step: int, gradient_norm: float, memory: MutableMapping[str, Any]) -> bool:
         """Whether both say so; the inner rule sees every gradient."""
         return self.rule.decide(step, gradient_norm, memory) and self.allowed(step)
+
+
+def _check_probability(probability: float) -> None:
+    if not 0.0 <= probability <= 1.0:
+        raise ValueError(f"probability must be in [0, 1], got {probability}")
 
 
 def _as_step(name: str, value: float, num_steps: int | None) -> int:

@@ -239,7 +239,7 @@ def mean_of(total: Tensor, weights: float) -> Tensor:
 
 
 def refuse_unknown(options: Mapping[str, Any], known: type) -> None:
-    """Raise ``TypeError`` for options that are none of a ``TypedDict``'s: a misspelt one would be left out in silence."""
+    """Raise ``TypeError`` for options that a ``TypedDict`` does not have: a misspelt one would change nothing."""
     names = sorted(known.__annotations__)
     unknown = sorted(options.keys() - names)
     if unknown:

@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flatmin.optim.directions import Direction
+from flatmin.optim.directions import Direction, Observer
 from flatmin.optim.sharding import local, placed_like, whole
 from flatmin.optim.space import Space
 
@@ -31,6 +31,8 @@ class Filtered:
         self.needs_clean_gradient = direction.needs_clean_gradient
         self.depends_on_scale = direction.depends_on_scale
         self.remembers = direction.remembers
+        if isinstance(direction, Observer):
+            self.observe = direction.observe  # here, since a class with that method is an Observer in any case
 
     def __call__(self, space: Space) -> list[Tensor]:
         """The direction, filtered."""

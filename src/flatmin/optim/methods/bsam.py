@@ -38,6 +38,8 @@ class BSAM(Optimizer):
     between steps, and a copy of the parameters and ``sqrt(s) |g|`` during the second pass, with several micro-batches
     two sums too.
 
+    Groups of ``flatmin.param_groups`` that are left out of the perturbation have samples and no perturbation.
+
     Args:
         params: Parameters or parameter groups; ``lr``, ``rho`` and the other numbers are group entries.
         lr: Learning rate, ``> 0``. This default, betas and rho are those of the authors' README for ResNet-18 on
@@ -53,7 +55,8 @@ class BSAM(Optimizer):
         model: As in ``SharpnessAware``: with it the second pass repeats the random numbers of the first and leaves its
             buffers alone.
 
-    Groups of ``flatmin.param_groups`` that are left out of the perturbation have samples and no perturbation.
+    Attributes:
+        diagnostics: Counts, and the loss at the sample of the posterior.
 
     Raises:
         ValueError: A hyperparameter is outside its domain, a parameter is sharded or complex, or a group is to be

@@ -147,7 +147,8 @@ def test_a_gradient_that_is_not_finite_skips_the_step(bad_call):
         ({"rho": -1.0}, "rho must be >= 0 and finite, got -1.0"),
         ({"damping": math.nan}, "damping must be >= 0 and finite, got nan"),
         ({"initial_precision": 0.0}, "initial_precision must be > 0"),
-        ({"betas": (1.0, 0.9)}, "betas must be in"),
+        ({"betas": (1.0, 0.9)}, "betas must be two numbers in"),
+        ({"betas": (0.9,)}, "betas must be two numbers in"),
         ({"num_data": 0}, "num_data must be >= 1, got 0"),
     ],
 )

@@ -123,6 +123,19 @@ def test_a_non_finite_first_gradient_does_not_reach_the_running_statistics():
     assert optimizer.diagnostics.num_skipped_steps == 1
 
 
+def test_an_overflow_beside_a_frozen_parameter_skips_the_step():
+    """Whose gradient is that of a pass before: no other will come, so nobody can watch for it."""
+    frozen, weights = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = flatmin.SAM(torch.optim.SGD([frozen, weights], lr=0.1))
+    (frozen.sum() + weights.sum() * float("inf")).backward()
+    frozen.requires_grad_(False)
+    optimizer.first_step(zero_grad=True)
+    weights.sum().backward()
+    optimizer.second_step()
+    assert weights.tolist() == [1.0, 1.0]
+    assert optimizer.diagnostics.num_skipped_steps == 1
+
+
 def test_a_fused_base_that_cannot_read_the_flag_is_skipped_by_the_host():
     class Fused(torch.optim.Optimizer):
         def __init__(self, params):

@@ -320,8 +320,9 @@ def test_errors_say_what_is_wrong():
         flatmin.OnePass(base, 0.1, direction=Gradient())
     with pytest.raises(ValueError, match="direction must need the clean gradient"):
         flatmin.SharpnessAware(base, 0.1, direction=BaseMomentum())
-    with pytest.raises(ValueError, match="ball must not depend on the gradient"):
-        flatmin.OnePass(base, 0.1, ball=Ball(metric=flatmin.optim.Fisher(0.1)))
+    for ball in (Ball(metric=flatmin.optim.Fisher(0.1)), LayerBall(joint_vectors=True)):
+        with pytest.raises(ValueError, match="ball must not depend on the gradient"):
+            flatmin.OnePass(base, 0.1, ball=ball)
     with pytest.raises(ValueError, match="when must go by the number"):
         flatmin.OnePass(base, 0.1, when=flatmin.optim.LargeGradient(10))
     with pytest.raises(ValueError, match="base must have a first moment"):

@@ -11,6 +11,7 @@ import flatmin
 from doors import everything, through_two_steps, train
 from flatmin.optim import (
     AllOf,
+    Always,
     Bernoulli,
     CosineToZero,
     Every,
@@ -161,6 +162,13 @@ def test_a_probability_that_a_function_gives_is_checked_too(wrong):
         when(2)
     with pytest.raises(ValueError, match="seed must be >= 0, got -1"):
         Bernoulli(0.5, seed=-1)
+
+
+def test_windows_without_steps_and_rules_of_the_wrong_kind_are_refused():
+    with pytest.raises(ValueError, match="num_steps must be >= 1, got -5"):
+        flatmin.LateSAM(sgd(tiny_network().parameters()), num_steps=-5)
+    with pytest.raises(ValueError, match="rules must go by the number of the step, got LargeGradient"):
+        AllOf(Always(), LargeGradient(10))
 
 
 def test_bernoulli_draws_have_the_probability_and_are_independent():

@@ -62,6 +62,15 @@ def test_a_mean_over_nothing_and_an_unknown_option_are_refused() -> None:
         plane(model, mean_loss(model, cross_entropy, pairs()), resum="losses")
 
 
+def test_a_loss_that_is_no_scalar_is_refused() -> None:
+    model = smooth_network()
+    inputs, _ = pairs()[0]
+    with pytest.raises(ValueError, match=r"loss_fn must return a scalar tensor, got \(8, 3\)"):
+        plane(model, lambda: model(inputs))
+    with pytest.raises(ValueError, match=r"loss_fn must return a scalar tensor, got \(8, 3\)"):
+        gradient_direction(model, lambda: model(inputs), batch_norm="running")
+
+
 def test_interrupted_grid_goes_on_where_it_stopped(tmp_path: Path) -> None:
     model, file = smooth_network(), tmp_path / "plane.jsonl"
     loss = mean_loss(model, cross_entropy, pairs())

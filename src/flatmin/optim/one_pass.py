@@ -315,7 +315,8 @@ class OnePass(Wrapper):
                 f"direction must need no clean gradient, got {type(self.direction).__name__}: "
                 "use flatmin.SharpnessAware, which makes two passes"
             )
-        if self.ball.metric.depends_on_scale or self.ball.depends_on_scale:
+        needs_gradient = isinstance(self.ball, LayerBall) and self.ball.joint_vectors
+        if needs_gradient or self.ball.depends_on_scale:
             raise ValueError("ball must not depend on the gradient, which is not known when the weights are perturbed")
         if isinstance(self.when, GradientWhen):
             raise ValueError(f"when must go by the number of the step, got {type(self.when).__name__}")

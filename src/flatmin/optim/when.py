@@ -92,6 +92,8 @@ class Window:
     """
 
     def __init__(self, start: float = 0, stop: float | None = None, num_steps: int | None = None) -> None:
+        if num_steps is not None and not num_steps >= 1:
+            raise ValueError(f"num_steps must be >= 1, got {num_steps}")
         self.start = _as_step("start", start, num_steps)
         self.stop = math.inf if stop is None else _as_step("stop", stop, num_steps)
         if not self.start <= self.stop:
@@ -153,9 +155,17 @@ class AllOf:
 
     Args:
         *rules: Rules that go by the number of the step.
+
+    Raises:
+        ValueError: One looks at the gradient; ``Within`` takes it.
     """
 
     def __init__(self, *rules: When) -> None:
+        for rule in rules:
+            if isinstance(rule, GradientWhen):
+                raise ValueError(
+                    f"rules must go by the number of the step, got {type(rule).__name__}: Within lets it decide"
+                )
         self.rules = rules
 
     def __call__(self, step: int) -> bool:

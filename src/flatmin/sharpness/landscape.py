@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from flatmin.sharpness.batches import num_examples
 from flatmin.sharpness.grid_log import GridLog, fingerprint
-from flatmin.sharpness.loss_functions import LossFn
+from flatmin.sharpness.loss_functions import LossFn, as_scalar
 from flatmin.sharpness.objective import Objective, mean_of, refuse_unknown
 from flatmin.sharpness.ranks import list_of_ranks
 from flatmin.sharpness.unchanged import batch_norm_layers, same_random_numbers, unchanged
@@ -158,7 +158,7 @@ def _loss_at(  # noqa: PLR0917 - the two callers name them all
             with same_random_numbers(params):
                 if batch_norm == "recomputed":
                     _recompute_statistics(model, loss_fn)
-                losses[index] = loss_fn().detach().double().item()
+                losses[index] = as_scalar(loss_fn()).detach().double().item()
             log.write(index, losses[index])
             progress(len(losses), len(mine))
     found = {index: loss for part in list_of_ranks(losses, group) for index, loss in part.items()}

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
 from flatmin.sharpness.batches import micro_batches, num_examples, to_device
-from flatmin.sharpness.loss_functions import LossFn, on_batches
+from flatmin.sharpness.loss_functions import LossFn, as_scalar, on_batches
 from flatmin.sharpness.measure import Setting
 from flatmin.sharpness.ranks import share_buffers_, sum_over_ranks
 from flatmin.sharpness.selection import Selection, described, select_params
@@ -165,11 +165,7 @@ class Objective:
         Raises:
             ValueError: It is no scalar.
         """
-        loss = self.loss_fn(self.model, batch)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"loss_fn must return a scalar tensor, got {got}")
-        return loss.reshape(())
+        return as_scalar(self.loss_fn(self.model, batch))
 
     def loss(self) -> float:
         """``L`` at the present weights."""

@@ -105,8 +105,8 @@ class BSAM(Optimizer):
             value = float(options[name])
             if not (0.0 < value if is_positive else 0.0 <= value) or math.isinf(value):
                 raise ValueError(f"{name} must be {'>' if is_positive else '>='} 0 and finite, got {options[name]}")
-        if not all(0.0 <= beta < 1.0 for beta in options["betas"]):
-            raise ValueError(f"betas must be in [0, 1), got {options['betas']}")
+        if len(options["betas"]) != 2 or not all(0.0 <= beta < 1.0 for beta in options["betas"]):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {options['betas']}")
         for name in ("maximize", "masks"):
             if options.get(name):
                 raise ValueError(f"groups must have no {name} with BSAM, got one that has")

@@ -74,6 +74,28 @@ def test_a_gradient_at_w_alone_counts_in_a_combination(method, door):
     torch.testing.assert_close(torch.cat([p.detach() for p in params]), torch.cat(start) - followed)
 
 
+def test_diagnostics_count_a_gradient_at_w_alone_and_leave_training_as_it_is():
+    """Weight decay would tell a gradient of zero, which they measure with, from none."""
+
+    def stepped(diagnostics):
+        params = [nn.Parameter(torch.tensor(value)) for value in ([3.0, 4.0], [1.0])]
+        optimizer = flatmin.SAM(torch.optim.SGD(params, lr=1.0, weight_decay=0.1), 0.5, diagnostics=diagnostics)
+        gates = iter([12.0, 0.0])
+
+        def loss():
+            gate = next(gates)
+            return params[0].square().sum() / 2 + (gate * params[1].sum() if gate else 0.0)
+
+        through_closure(optimizer, loss)
+        return torch.cat([param.detach() for param in params]), optimizer.diagnostics
+
+    (weights, diagnostics), (others, _) = stepped(True), stepped(False)
+    assert torch.equal(weights, others)
+    assert weights[2] == 1.0
+    assert diagnostics.gradient_norm.item() == pytest.approx(13.0)
+    assert diagnostics.cosine.item() == pytest.approx(25 / 13 / 5)
+
+
 def test_a_direction_of_ones_own_is_followed():
     class Uphill:
         needs_clean_gradient, depends_on_scale = True, False

@@ -1,6 +1,7 @@
 """What a step is given to compute its gradients with: one closure, or one for each micro-batch."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ def as_closures(closure: Closure | Sequence[Closure]) -> list[Closure]:
         ValueError: There is none.
     """
     is_list = isinstance(closure, Iterable) and not isinstance(closure, Tensor)
-    closures = [closure] if callable(closure) else list(closure) if is_list else [closure]
+    closures: list[Any] = list(closure) if is_list and not callable(closure) else [closure]
     if not closures:
         raise ValueError("closure must not be an empty list")
     if not all(map(callable, closures)):

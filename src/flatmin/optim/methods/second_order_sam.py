@@ -239,7 +239,8 @@ def _norm(grads: list[Tensor]) -> Tensor:
     """``joint_norm``, which has no derivative."""
     real = [as_real(grad.resolve_conj()) for grad in grads]
     norms = [torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in real]
-    return torch.stack([norm.to(grads[0].device) for norm in norms]).norm()
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(grads[0].device) for norm in norms]))
+    return norm
 
 
 def _cosine(left: list[Tensor], right: list[Tensor]) -> Tensor:

@@ -147,10 +147,52 @@ def test_a_gradient_that_is_not_finite_skips_the_step(bad_call):
         ({"rho": -1.0}, "rho must be >= 0 and finite, got -1.0"),
         ({"damping": math.nan}, "damping must be >= 0 and finite, got nan"),
         ({"initial_precision": 0.0}, "initial_precision must be > 0"),
-        ({"betas": (1.0, 0.9)}, "betas must be in"),
+        ({"betas": (1.0, 0.9)}, "betas must be two numbers in"),
+        ({"betas": (0.9,)}, "betas must be two numbers in"),
         ({"num_data": 0}, "num_data must be >= 1, got 0"),
     ],
 )
 def test_values_outside_the_domain_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         flatmin.BSAM(tiny_network().parameters(), **{**OPTIONS, **options})
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"maximize": True}, "groups must have no maximize with BSAM"),
+        ({"masks": [torch.ones(2, dtype=torch.bool)]}, "groups must have no masks with BSAM"),
+        ({"params": [nn.Parameter(torch.ones(2, dtype=torch.complex64))]}, "params must be real, got complex"),
+    ],
+)
+def test_groups_that_the_box_does_not_know_are_refused(group, message):
+    with pytest.raises(ValueError, match=message):
+        flatmin.BSAM([{"params": [nn.Parameter(torch.ones(2))], **group}], **OPTIONS)
+
+
+def test_a_group_left_out_of_the_perturbation_is_sampled_only():
+    model = tiny_network()
+    optimizer = flatmin.BSAM(
+        flatmin.param_groups(model, "norm"), **{**OPTIONS, "num_data": 1e30}
+    )  # no noise to speak of
+    seen = []
+    optimizer.step(_closures(optimizer, model, 0, seen=seen))
+    moves = {name: (y - x).abs().max() for (name, _), x, y in zip(model.named_parameters(), *seen, strict=True)}
+    assert {name for name, move in moves.items() if move > 1e-9} == {"norm.weight", "norm.bias"}
+
+
+def test_sparse_gradients_and_frozen_networks_are_refused_by_name():
+    model = nn.Embedding(5, 2, sparse=True)
+    optimizer = flatmin.BSAM(model.parameters(), **OPTIONS)
+
+    def closure():
+        loss = model(torch.tensor([1, 2])).square().sum()
+        if loss.requires_grad:
+            loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="gradients must be dense, got a sparse one"):
+        optimizer.step(closure)
+    model.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="no parameter has a gradient"):
+        optimizer.step(closure)

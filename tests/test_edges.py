@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 import flatmin
 import flatmin.compat
 from doors import everything, through_closure, through_context, through_two_steps, train
-from flatmin.optim import Combine, SharpnessAware
+from flatmin.optim import Combine, CosineToZero, SharpnessAware, WarmUp
 from problems import batches, tiny_network
 
 
@@ -52,6 +52,48 @@ def test_a_combination_gets_both_gradients_and_its_result_is_followed(zero_grad,
     optimizer.second_step()
     there = start * (1 + 0.5 / 5)
     torch.testing.assert_close(weights.detach(), start - (3 * start + there) / 4)
+
+
+@pytest.mark.parametrize("door", [through_closure, through_two_steps, through_context])
+@pytest.mark.parametrize("method", ["mean", "StableSAM"])
+def test_a_gradient_at_w_alone_counts_in_a_combination(method, door):
+    """An expert to which w sends something and w + eps nothing has g and no g_p, which is a g_p of zero."""
+    start = [torch.tensor([3.0, 4.0], dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64)]
+    params = [nn.Parameter(value.clone()) for value in start]
+    base = torch.optim.SGD(params, lr=1.0)
+    optimizer = SharpnessAware(base, 0.5, combine=_Mean()) if method == "mean" else flatmin.StableSAM(base, 0.5)
+
+    def loss():
+        expert = 2 * params[1].sum() if torch.equal(params[1].detach(), start[1]) else 0.0
+        return params[0].square().sum() / 2 + expert
+
+    door(optimizer, loss)
+    g = torch.tensor([3.0, 4.0, 2.0], dtype=torch.float64)
+    g_p = torch.cat([start[0] * (1 + 0.5 / g.norm()), torch.zeros(1, dtype=torch.float64)])
+    followed = (3 * g + g_p) / 4 if method == "mean" else g.norm() / g_p.norm() * g_p
+    torch.testing.assert_close(torch.cat([p.detach() for p in params]), torch.cat(start) - followed)
+
+
+def test_diagnostics_count_a_gradient_at_w_alone_and_leave_training_as_it_is():
+    """Weight decay would tell a gradient of zero, which they measure with, from none."""
+
+    def stepped(diagnostics):
+        params = [nn.Parameter(torch.tensor(value)) for value in ([3.0, 4.0], [1.0])]
+        optimizer = flatmin.SAM(torch.optim.SGD(params, lr=1.0, weight_decay=0.1), 0.5, diagnostics=diagnostics)
+        gates = iter([12.0, 0.0])
+
+        def loss():
+            gate = next(gates)
+            return params[0].square().sum() / 2 + (gate * params[1].sum() if gate else 0.0)
+
+        through_closure(optimizer, loss)
+        return torch.cat([param.detach() for param in params]), optimizer.diagnostics
+
+    (weights, diagnostics), (others, _) = stepped(True), stepped(False)
+    assert torch.equal(weights, others)
+    assert weights[2] == 1.0
+    assert diagnostics.gradient_norm.item() == pytest.approx(13.0)
+    assert diagnostics.cosine.item() == pytest.approx(25 / 13 / 5)
 
 
 def test_a_direction_of_ones_own_is_followed():
@@ -100,6 +142,19 @@ def test_a_non_finite_first_gradient_does_not_reach_the_running_statistics():
     _loss(model).backward()
     optimizer.second_step()
     assert everything(model).isfinite().all()
+    assert optimizer.diagnostics.num_skipped_steps == 1
+
+
+def test_an_overflow_beside_a_frozen_parameter_skips_the_step():
+    """Whose gradient is that of a pass before: no other will come, so nobody can watch for it."""
+    frozen, weights = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = flatmin.SAM(torch.optim.SGD([frozen, weights], lr=0.1))
+    (frozen.sum() + weights.sum() * float("inf")).backward()
+    frozen.requires_grad_(False)
+    optimizer.first_step(zero_grad=True)
+    weights.sum().backward()
+    optimizer.second_step()
+    assert weights.tolist() == [1.0, 1.0]
     assert optimizer.diagnostics.num_skipped_steps == 1
 
 
@@ -331,3 +386,42 @@ def test_a_radius_scheduled_below_zero_is_refused():
     optimizer.param_groups[0]["rho"] = -0.1
     with pytest.raises(ValueError, match=r"rho must be >= 0, got -0.1"):
         train(optimizer, model, range(1))
+
+
+def test_a_checkpoint_of_the_base_leaves_what_is_perturbed_and_the_schedule_as_they_were():
+    """It has neither entry; without them all would be perturbed, and by the radius of the first warm-up step."""
+    networks = tiny_network(), tiny_network()
+    groups = [[{"params": list(m.norm.parameters())}, {"params": list(m.last.parameters())}] for m in networks]
+    plain = torch.optim.SGD(groups[0], lr=0.2, momentum=0.9)
+    groups[1][1]["perturb"] = False
+    base = torch.optim.SGD(groups[1], lr=0.1, momentum=0.9)
+    optimizer = flatmin.MSAM(base, rho=1.0, rho_schedule=WarmUp(4))
+    with optimizer.unperturbed():
+        pass
+    assert optimizer.param_groups[0]["rho"] == 0.0
+    optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))
+    assert [group.get("perturb", True) for group in optimizer.param_groups] == [True, False]
+    train(optimizer, networks[1], range(2))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.2]
+    assert optimizer.param_groups[0]["rho"] == 0.5
+
+
+def test_a_checkpoint_of_an_earlier_step_takes_the_schedule_back():
+    model = tiny_network()
+    optimizer = flatmin.SAM(_sgd(model), 0.3, rho_schedule=WarmUp(4))
+    start = copy.deepcopy(optimizer.state_dict())
+    start["param_groups"][0]["rho"] = 0.8
+    train(optimizer, model, range(2))
+    optimizer.load_state_dict(start)
+    train(optimizer, model, range(3))
+    assert optimizer.param_groups[0]["rho"] == 0.4
+
+
+def test_a_group_added_late_follows_the_schedule_of_the_others():
+    model = tiny_network()
+    optimizer = flatmin.SAM(torch.optim.SGD(model.first.parameters(), lr=0.1), rho_schedule=CosineToZero(10))
+    train(optimizer, model, range(5))
+    optimizer.add_param_group({"params": list(model.last.parameters())})
+    train(optimizer, model, range(1))
+    first, late = optimizer.param_groups
+    assert (late["num_steps"], late["rho"]) == (6, first["initial_rho"] / 2)

@@ -8,7 +8,7 @@ from torch import nn
 
 import flatmin
 from doors import everything, through_closure, through_context, through_two_steps, train
-from flatmin.optim import Always, Ball, SharpnessAware
+from flatmin.optim import Always, Ball, Centralised, Filtered, Gradient, SharpnessAware
 from problems import quadratic, tiny_network
 
 
@@ -137,6 +137,46 @@ def test_complex_parameters_are_perturbed_as_pairs_of_reals():
     through_closure(optimizer, lambda: (weights * weights.conj()).real.sum())
     moved = start + 0.5 * start / torch.view_as_real(start).norm()
     torch.testing.assert_close(weights.detach(), start - 2 * moved)
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 4)], ids=["vector", "matrix"])
+@pytest.mark.parametrize("kind", ["centralised", "matrices"])
+def test_complex_parameters_have_their_own_number_of_dimensions(kind, shape):
+    """And not one more, as the pairs of reals have that stand for them."""
+    generator = torch.Generator().manual_seed(0)
+    start, slope = (torch.randn(shape, generator=generator, dtype=torch.complex128) for _ in range(2))
+    weights = nn.Parameter(start.clone())
+    base = torch.optim.SGD([weights], lr=0.1)
+    if kind == "centralised":
+        optimizer = flatmin.SharpnessAware(base, 0.5, direction=Filtered(Gradient(), Centralised()))
+        way = slope - slope.mean(dim=1, keepdim=True) if len(shape) == 2 else slope
+        eps = 0.5 * way / torch.view_as_real(way).norm()
+    else:
+        optimizer = flatmin.ASAM(base, 0.5, eta=0.1, scaled="matrices")
+        scale = torch.view_as_real(start).abs() + 0.1 if len(shape) == 2 else torch.ones((*shape, 2)).double()
+        way = scale * torch.view_as_real(slope)
+        eps = torch.view_as_complex(0.5 * scale * way / way.norm())
+    (weights * slope.conj()).real.sum().backward()
+    with optimizer.perturbed():
+        torch.testing.assert_close(weights.detach(), start + eps)
+        weights.abs().sum().backward()
+
+
+def test_entries_of_float64_gradients_are_told_apart_beyond_the_range_of_float32():
+    weights = nn.Parameter(torch.zeros(1, 5, dtype=torch.float64))
+    optimizer = flatmin.ZSharp(torch.optim.SGD([weights], lr=0.1), 3.0, quantile=0.5)
+    (weights * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]) * 1e-60).sum().backward()
+    with optimizer.perturbed():
+        expected = 3.0 * torch.tensor([[1.0, 0.0, 0.0, 0.0, 5.0]], dtype=torch.float64) / 26**0.5
+        torch.testing.assert_close(weights.detach(), expected)
+        weights.sum().backward()
+
+
+@pytest.mark.parametrize("closure", [torch.ones(()), 3, [3], [lambda: None, torch.ones(2)]])
+def test_what_is_no_closure_is_refused_by_name(closure):
+    optimizer = flatmin.SAM(torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1))
+    with pytest.raises(TypeError, match=r"closure must be a function that returns the loss, or a list of such, got"):
+        optimizer.step(closure)
 
 
 def test_two_groups_share_one_norm():

@@ -320,8 +320,9 @@ def test_errors_say_what_is_wrong():
         flatmin.OnePass(base, 0.1, direction=Gradient())
     with pytest.raises(ValueError, match="direction must need the clean gradient"):
         flatmin.SharpnessAware(base, 0.1, direction=BaseMomentum())
-    with pytest.raises(ValueError, match="ball must not depend on the gradient"):
-        flatmin.OnePass(base, 0.1, ball=Ball(metric=flatmin.optim.Fisher(0.1)))
+    for ball in (Ball(metric=flatmin.optim.Fisher(0.1)), LayerBall(joint_vectors=True)):
+        with pytest.raises(ValueError, match="ball must not depend on the gradient"):
+            flatmin.OnePass(base, 0.1, ball=ball)
     with pytest.raises(ValueError, match="when must go by the number"):
         flatmin.OnePass(base, 0.1, when=flatmin.optim.LargeGradient(10))
     with pytest.raises(ValueError, match="base must have a first moment"):
@@ -360,3 +361,46 @@ def test_a_maximised_group_looks_ahead_too():
         (-cross_entropy(mirrored(batches()[step][0]), batches()[step][1])).backward()
         ascending.step()
     assert torch.equal(everything(model), everything(mirrored))
+
+
+def test_a_filter_lets_its_direction_see_the_gradient():
+    """Which else would know none, and the weights would rest at w without a word."""
+    weights = torch.nn.Parameter(torch.zeros(2, 2))
+    direction = Filtered(StaleGradient(), Centralised())
+    optimizer = copy.deepcopy(flatmin.OnePass(torch.optim.SGD([weights], lr=0.0), 2.0, direction=direction))
+    (weights,) = optimizer.param_groups[0]["params"]
+    (weights * torch.tensor([[3.0, 1.0], [1.0, 1.0]])).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(weights.detach(), torch.tensor([[1.0, -1.0], [0.0, 0.0]]) * 2**0.5)
+
+
+def test_the_gradient_is_seen_before_the_base_writes_into_it():
+    class Spends(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            super().step(closure)
+            for param in self.param_groups[0]["params"]:
+                param.grad.zero_()
+
+    weights = torch.nn.Parameter(torch.zeros(2))
+    optimizer = flatmin.OnePass(Spends([weights], lr=0.0), 5.0, direction=StaleGradient())
+    (weights * torch.tensor([3.0, 4.0])).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(weights.detach(), torch.tensor([3.0, 4.0]))
+
+
+def test_a_group_added_late_brings_its_names():
+    model = tiny_network()
+    base = torch.optim.SGD(model.first.named_parameters(), lr=0.1, momentum=0.9)
+    optimizer = flatmin.AdaptiveMSAM(base, scaled="weights")
+    optimizer.add_param_group({"params": [("last.weight", model.last.weight)]})
+    for _ in range(2):
+        optimizer.step(lambda: _backward(model))
+    assert optimizer.diagnostics.num_perturbed_steps == 1
+
+
+def _backward(model):
+    inputs, labels = batches()[0]
+    loss = cross_entropy(model(inputs), labels)
+    loss.backward()
+    return loss

@@ -151,3 +151,46 @@ def test_the_model_does_not_keep_the_optimizer_alive():
     gc.collect()
     assert replay() is None
     model(batches()[0][0])
+
+
+def test_an_expanded_buffer_is_put_back_too():
+    """Its entries are one number in memory, into which no operation writes as a whole."""
+
+    class Expanded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+            self.register_buffer("scale", torch.ones(2, 1, 5)[:, :, :1].expand(2, 4, 5))
+
+        def forward(self, inputs):
+            self.scale[:, 0, 0].add_(torch.tensor([1.0, 3.0]))
+            return self.layer(inputs * self.scale[0, 0])
+
+    model = Expanded()
+    through_closure(flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model), lambda: _loss_of(model))
+    assert model.scale[:, 2, 3].tolist() == [2.0, 4.0]
+
+
+def test_a_sharded_buffer_is_put_back_beside_plain_ones(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh  # noqa: PLC0415
+
+        mesh = init_device_mesh("cpu", (1,))
+        model = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))
+        model.register_buffer("spread", distribute_tensor(torch.ones(3), mesh, [Replicate()]))
+        model.register_forward_hook(_add_one_to_spread)
+        through_closure(flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model), lambda: _loss_of(model))
+        assert model.spread.to_local().tolist() == [2.0] * 3
+        assert model[1].num_batches_tracked == 1
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _add_one_to_spread(module, *_):
+    module.spread.add_(1)
+
+
+def _loss_of(model):
+    inputs, labels = batches()[0]
+    return cross_entropy(model(inputs), labels)

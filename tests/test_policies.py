@@ -11,6 +11,7 @@ import flatmin
 from doors import everything, through_two_steps, train
 from flatmin.optim import (
     AllOf,
+    Always,
     Bernoulli,
     CosineToZero,
     Every,
@@ -151,6 +152,23 @@ def test_values_outside_the_domain_are_refused_by_name(row):
         model = tiny_network()
         with pytest.raises(ValueError, match=message):
             row.method(sgd(model.parameters()), 0.1, model=model, **{**row.options, **options})
+
+
+@pytest.mark.parametrize("wrong", [1.5, float("nan")])
+def test_a_probability_that_a_function_gives_is_checked_too(wrong):
+    when = Bernoulli(lambda step: wrong if step == 2 else 0.5)
+    when(1)
+    with pytest.raises(ValueError, match=f"probability must be in \\[0, 1\\], got {wrong}"):
+        when(2)
+    with pytest.raises(ValueError, match="seed must be >= 0, got -1"):
+        Bernoulli(0.5, seed=-1)
+
+
+def test_windows_without_steps_and_rules_of_the_wrong_kind_are_refused():
+    with pytest.raises(ValueError, match="num_steps must be >= 1, got -5"):
+        flatmin.LateSAM(sgd(tiny_network().parameters()), num_steps=-5)
+    with pytest.raises(ValueError, match="rules must go by the number of the step, got LargeGradient"):
+        AllOf(Always(), LargeGradient(10))
 
 
 def test_bernoulli_draws_have_the_probability_and_are_independent():

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import flatmin
 from flatmin.optim import SecondOrderSAM
@@ -215,6 +216,112 @@ def test_parameters_of_another_model_are_refused() -> None:
         SecondOrderSAM(torch.optim.SGD((model := nn.LSTM(2, 2)).parameters(), lr=0.1), model=model)
     with pytest.raises(ValueError, match=r"rho must be >= 0 and finite, got -1"):
         SecondOrderSAM(torch.optim.SGD((model := Bowl()).parameters(), lr=0.1), -1.0, model=model)
+
+
+def test_what_is_no_closure_of_this_method_is_refused_by_name() -> None:
+    model = Bowl()
+    optimizer = stepped(model, model, num_steps=0)
+
+    def runs_backward() -> Tensor:
+        loss = model()
+        loss.backward()
+        return loss
+
+    for wrong in (None, [], [model], model()):
+        with pytest.raises(TypeError, match="closure must be one function that returns the loss, got"):
+            optimizer.step(wrong)
+    with pytest.raises(TypeError, match="closure must return the loss as a scalar tensor, got NoneType"):
+        optimizer.step(lambda: None)
+    with pytest.raises(TypeError, match=r"closure must return the loss as a scalar tensor, got shape \(4,\)"):
+        optimizer.step(lambda: model.weights * 2)
+    for unrelated in (lambda: model().detach(), lambda: torch.ones((), requires_grad=True) * 2):
+        with pytest.raises(RuntimeError, match="closure must return a loss that depends on a parameter"):
+            optimizer.step(unrelated)
+    with pytest.raises(RuntimeError, match="closure must run no backward pass"):
+        optimizer.step(runs_backward)
+    assert torch.equal(model.weights, Bowl().weights)
+    with pytest.raises(RuntimeError, match="none before step\\(\\) may leave gradients"):
+        optimizer.step(model)  # the gradient of runs_backward is there still
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step(model)
+    assert not torch.equal(model.weights, Bowl().weights)
+
+
+def test_sparse_gradients_are_refused_by_name() -> None:
+    model = nn.Embedding(5, 2, sparse=True)
+    with pytest.raises(RuntimeError, match="gradients must be dense, got a sparse one"):
+        stepped(model, lambda: model(torch.tensor([1, 2])).square().sum())
+
+
+def test_parameters_frozen_since_the_last_step_stay() -> None:
+    model = tiny_network()
+    optimizer = stepped(model, partial(loss_of, model, *batches()[0]))
+    model.first.requires_grad_(False)
+    before = flat(model.first.parameters()), flat(model.last.parameters())
+    optimizer.step(partial(loss_of, model, *batches()[1]))
+    assert torch.equal(flat(model.first.parameters()), before[0])
+    assert not torch.equal(flat(model.last.parameters()), before[1])
+    model.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="depends on a parameter which requires a gradient"):
+        optimizer.step(partial(loss_of, model, *batches()[1]))
+
+
+def test_a_skipped_step_does_not_count_for_the_schedule() -> None:
+    model = Bowl()
+    optimizer = SecondOrderSAM(torch.optim.SGD(model.parameters(), lr=0.1), RHO, model=model)
+    optimizer.step(lambda: model() * float("nan"))
+    optimizer.step(model)
+    assert optimizer.param_groups[0]["num_steps"] == 1
+    assert (optimizer.diagnostics.num_steps, optimizer.diagnostics.num_skipped_steps) == (2, 1)
+
+
+def test_random_numbers_go_on_after_the_first_pass_where_the_second_raises() -> None:
+    model = tiny_network()
+    optimizer = stepped(model, partial(loss_of, model, *batches()[0]), num_steps=0)
+    states: list[Tensor] = []
+
+    def failing() -> Tensor:
+        if states:
+            raise KeyError
+        loss = loss_of(model, *batches()[0])
+        states.append(torch.get_rng_state())
+        return loss
+
+    with pytest.raises(KeyError):
+        optimizer.step(failing)
+    assert torch.equal(torch.get_rng_state(), states[0])
+
+
+def test_complex_parameters_are_pairs_of_reals() -> None:
+    class Pair(nn.Module):
+        def __init__(self, is_complex: bool) -> None:
+            super().__init__()
+            numbers = torch.tensor([1 + 2j, 3 - 1j], dtype=torch.complex128)
+            self.weights = nn.Parameter(numbers if is_complex else torch.view_as_real(numbers))
+
+        def forward(self) -> Tensor:
+            w = torch.view_as_real(self.weights) if self.weights.is_complex() else self.weights
+            return quadratic(torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64), w.sum(dim=0)) + (w**4).sum()
+
+    pairs, reals = Pair(True), Pair(False)
+    cosines = [stepped(model, model).diagnostics.cosine for model in (pairs, reals)]
+    torch.testing.assert_close(torch.view_as_real(pairs.weights), reals.weights, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(*cosines)
+    assert 0.5 < cosines[0] < 1 - 1e-6
+
+
+def test_torch_distributed_checkpoint_resumes_bit_for_bit() -> None:
+    def built() -> tuple[Bowl, SecondOrderSAM]:
+        model = Bowl()
+        return model, SecondOrderSAM(torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), RHO, model=model)
+
+    (model, optimizer), (resumed, again) = built(), built()
+    optimizer.step(model)
+    resumed.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(resumed, again, deepcopy(get_optimizer_state_dict(model, optimizer)))
+    optimizer.step(model)
+    again.step(resumed)
+    assert torch.equal(model.weights, resumed.weights)
 
 
 def test_a_maximised_objective_is_its_minimised_opposite() -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
 import flatmin
 from doors import through_closure
@@ -105,6 +106,36 @@ def test_masked_entries_stay():
         weights.sum().backward()
 
 
+def test_a_masked_complex_entry_stays_with_both_its_parts():
+    """Of two entries, so that a mask for the wrong axis would fit as well."""
+    model = nn.Module()
+    model.weights = nn.Parameter(torch.tensor([3 + 4j, 1 - 2j]))
+    groups = flatmin.param_groups(model, {"weights": torch.tensor([True, False])})
+    optimizer = flatmin.SAM(torch.optim.SGD(groups, lr=0.1), 5.0)
+    model.weights.abs().square().sum().backward()
+    with optimizer.perturbed():
+        torch.testing.assert_close(model.weights.detach(), torch.tensor([6 + 8j, 1 - 2j]))
+        model.weights.abs().sum().backward()
+
+
+def test_masks_of_sharded_parameters_are_sharded_as_well(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = nn.Module()
+        model.weights = nn.Parameter(distribute_tensor(torch.ones(5), mesh, [Shard(0)]))
+        with pytest.raises(ValueError, match="perturb must hold masks that are spread over processes"):
+            flatmin.param_groups(model, {"weights": MASK})
+        groups = flatmin.param_groups(model, {"weights": distribute_tensor(MASK, mesh, [Replicate()])})
+        optimizer = flatmin.SAM(torch.optim.SGD(groups, lr=0.1), 3.0**0.5)
+        model.weights.sum().backward()
+        with optimizer.perturbed():
+            torch.testing.assert_close(model.weights.to_local().detach(), torch.tensor([2.0, 1.0, 2.0, 1.0, 2.0]))
+            model.weights.sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize(
     ("perturb", "message"),
     [
@@ -112,6 +143,8 @@ def test_masked_entries_stay():
         (nn.Conv3d, "perturb must choose some parameter"),
         ({"3.bias": torch.ones(5)}, "boolean masks"),
         ({"nowhere": MASK}, "boolean masks"),
+        (None, 'perturb must be "norm", "no_norm", module classes, a function or masks by name, got None'),
+        (["norm"], r"perturb must be .*, got \['norm'\]"),
     ],
 )
 def test_bad_choices_are_refused(perturb, message):

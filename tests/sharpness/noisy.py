@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class Noisy(nn.Module):
-    """Batch norm, dropout, an assigned buffer and a frozen parameter: everything that a careless visit would change."""
+    """Batch norm, dropout, buffers that are assigned, created or expanded, and a frozen parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -13,10 +13,13 @@ class Noisy(nn.Module):
         self.layers = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(), nn.Linear(64, 3))
         self.layers[4].bias.requires_grad_(False)
         self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("first_seen", None)
+        self.register_buffer("ones", torch.ones(1).expand(3))
 
     def forward(self, images: Tensor) -> Tensor:
         self.calls = self.calls + 1
-        return self.layers(images)
+        self.first_seen = images.detach() if self.first_seen is None else self.first_seen
+        return self.layers(images) * self.ones
 
 
 def snapshot(model: nn.Module) -> dict[str, object]:

@@ -178,7 +178,8 @@ def test_interval_of_a_single_value_is_unknown() -> None:
         (hessian_trace, {"estimator": "xtrace"}, r"estimator must be 'hutchinson' or 'hutch\+\+', got 'xtrace'"),
         (spectral_density, {"num_vectors": 0}, "num_vectors must be >= 1, got 0"),
         (spectral_density, {"num_steps": 0}, "num_steps must be >= 1, got 0"),
-        (spectral_density, {"width": 0.0}, "width must be > 0, got 0.0"),
+        (spectral_density, {"width": 0.0}, "width must be > 0 and finite, got 0.0"),
+        (spectral_density, {"width": float("inf")}, "width must be > 0 and finite, got inf"),
     ],
 )
 def test_settings_outside_their_domain_are_refused(measure, settings, message) -> None:

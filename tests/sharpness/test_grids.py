@@ -54,6 +54,23 @@ def test_mean_loss_is_that_of_all_examples() -> None:
     torch.testing.assert_close(flat(direction), flat(wanted) / flat(wanted).norm())
 
 
+def test_a_mean_over_nothing_and_an_unknown_option_are_refused() -> None:
+    model = smooth_network()
+    with pytest.raises(ValueError, match="data must hold at least one batch of positive weight, got none"):
+        mean_loss(model, cross_entropy, [])()
+    with pytest.raises(TypeError, match="options must be among process_group, progress, resume, got resum"):
+        plane(model, mean_loss(model, cross_entropy, pairs()), resum="losses")
+
+
+def test_a_loss_that_is_no_scalar_is_refused() -> None:
+    model = smooth_network()
+    inputs, _ = pairs()[0]
+    with pytest.raises(ValueError, match=r"loss_fn must return a scalar tensor, got \(8, 3\)"):
+        plane(model, lambda: model(inputs))
+    with pytest.raises(ValueError, match=r"loss_fn must return a scalar tensor, got \(8, 3\)"):
+        gradient_direction(model, lambda: model(inputs), batch_norm="running")
+
+
 def test_interrupted_grid_goes_on_where_it_stopped(tmp_path: Path) -> None:
     model, file = smooth_network(), tmp_path / "plane.jsonl"
     loss = mean_loss(model, cross_entropy, pairs())

@@ -20,7 +20,8 @@ from oracle import allow_torchs_own_warning, curvlinops_hessian
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from flatmin.sharpness import hessian_vector_product
+from flatmin.sharpness import average_case, hessian_trace, hessian_vector_product, worst_case
+from flatmin.sharpness.selection import select_params
 
 
 def assert_is_product(product: list[Tensor], hessian: Tensor, vector: list[Tensor]) -> None:
@@ -249,7 +250,11 @@ def test_batch_norm_must_be_chosen() -> None:
         ({"params": "3"}, "params must name parameters or modules of the model, got '3'"),
         ({"params": lambda name, param: False}, "params must choose at least one parameter"),
         ({"hvp": "forward"}, "hvp must be 'double_backward' or 'finite_differences', got 'forward'"),
-        ({"hvp": "finite_differences", "difference_step": 0.0}, "difference_step must be > 0, got 0.0"),
+        ({"hvp": "finite_differences", "difference_step": 0.0}, "difference_step must be > 0 and finite, got 0.0"),
+        (
+            {"hvp": "finite_differences", "difference_step": float("inf")},
+            "difference_step must be > 0 and finite, got inf",
+        ),
         ({"micro_batch": 0}, "micro_batch must be >= 1, got 0"),
     ],
 )
@@ -257,6 +262,22 @@ def test_settings_outside_their_domain_are_refused(options, message) -> None:
     model = smooth_network()
     with pytest.raises(ValueError, match=message):
         hessian_vector_product(model, cross_entropy, pairs(), like_params(model), **options)
+
+
+@pytest.mark.parametrize("measure", [average_case, hessian_trace, worst_case])
+def test_an_option_that_is_misspelt_is_refused(measure) -> None:
+    model, setting = smooth_network(), {average_case: {"sigma": 0.1}}.get(measure, {})
+    with pytest.raises(TypeError, match=r"options must be among batch_norm, .*params.*, got parms"):
+        measure(model, cross_entropy, pairs(), **setting, parms="0")
+
+
+@pytest.mark.parametrize(
+    ("params", "num_params"), [("head", 12), ("head.weight", 9), ("body", 12), (lambda name, _: "head" in name, 12)]
+)
+def test_a_parameter_with_two_names_is_chosen_by_either(params, num_params) -> None:
+    model = nn.ModuleDict({"body": nn.Linear(3, 3), "head": nn.Linear(3, 3)})
+    model["head"].weight = model["body"].weight
+    assert sum(param.numel() for param in select_params(model, params).values()) == num_params
 
 
 def test_micro_batches_with_batch_statistics_are_refused() -> None:

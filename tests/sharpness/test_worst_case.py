@@ -246,3 +246,8 @@ def test_settings_outside_their_domain_are_refused(settings, message) -> None:
 def test_loss_that_is_not_finite_is_refused() -> None:
     with pytest.raises(ValueError, match="the loss at the weights must be finite, got nan"):
         measured(Quadratic(torch.full((2, 2), math.nan).double()))
+
+
+def test_a_scaling_that_is_none_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"adaptive must be true, false or a flatmin.optim.Adaptive, got 'yes'"):
+        worst_case(smooth_network(), cross_entropy, pairs(), adaptive="yes")

@@ -1,6 +1,7 @@
 """What a step is given to compute its gradients with: one closure, or one for each micro-batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +13,13 @@ def as_closures(closure: Closure | Sequence[Closure]) -> list[Closure]:
     """The closures as a list, each with gradients switched on: steps run without.
 
     Raises:
+        TypeError: It is neither a function nor a list of functions; the loss itself, for instance.
         ValueError: There is none.
     """
-    closures = [closure] if callable(closure) else list(closure)
+    is_list = isinstance(closure, Iterable) and not isinstance(closure, Tensor)
+    closures: list[Any] = list(closure) if is_list and not callable(closure) else [closure]
     if not closures:
         raise ValueError("closure must not be an empty list")
+    if not all(map(callable, closures)):
+        raise TypeError(f"closure must be a function that returns the loss, or a list of such, got {closure!r}")
     return [torch.enable_grad()(each) for each in closures]

@@ -33,7 +33,7 @@ class Combine(ABC):
         Args:
             space: The parameters, at w.
             clean: g at w; zero where a parameter had none; empty unless asked for.
-            perturbed: g_p at w + eps, one tensor per parameter; may be written into.
+            perturbed: g_p at w + eps, one tensor per parameter; zero where it had none there; may be written into.
         """
 
     def plain(self, space: Space, grads: list[Tensor]) -> list[Tensor]:

@@ -4,9 +4,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from flatmin.optim.directions import Observer
 from flatmin.optim.engine import SharpnessAware
 from flatmin.optim.methods.bsam import BSAM
-from flatmin.optim.one_pass import Observer, OnePass
+from flatmin.optim.one_pass import OnePass
 from flatmin.optim.sharding import is_sharded
 from flatmin.optim.when import Always, GradientWhen
 

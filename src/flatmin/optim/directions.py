@@ -1,6 +1,6 @@
 """Directions: which way the perturbation points."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +25,14 @@ class Direction(Protocol):
 
     def __call__(self, space: Space) -> list[Tensor]:
         """The direction at the present parameters, one tensor for each; never written into."""
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """A direction that learns from the gradient of each pass."""
+
+    def observe(self, space: Space) -> None:
+        """See the gradient at w + eps, before the base optimizer's step."""
 
 
 class Gradient:

@@ -207,7 +207,7 @@ class _SavedBuffers:
 
     def add(self, module: nn.Module) -> None:
         if module not in self._modules:
-            self._values.extend(buffers_of(module))
+            self._values.extend(entry for entry in buffers_of(module) if entry[0] not in self._modules)
             self._modules.update(module.modules())
 
     def on_call(self, module: nn.Module, args: Any) -> None:
@@ -224,7 +224,7 @@ class _SavedBuffers:
         return list(dict.fromkeys(m for m, name, _, value in self._values if differs(m, name, value)))
 
     def restore(self) -> None:
-        set_buffers(self._values[::-1])  # of a module that was saved twice the first values win
+        set_buffers(self._values[::-1])  # of a tensor that two modules hold the first value wins
 
 
 class _WatchedBall:

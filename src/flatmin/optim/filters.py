@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flatmin.optim.directions import Direction
+from flatmin.optim.directions import Direction, Observer
 from flatmin.optim.sharding import local, placed_like, whole
 from flatmin.optim.space import Space
 
@@ -31,6 +31,8 @@ class Filtered:
         self.needs_clean_gradient = direction.needs_clean_gradient
         self.depends_on_scale = direction.depends_on_scale
         self.remembers = direction.remembers
+        if isinstance(direction, Observer):
+            self.observe = direction.observe  # here, since a class with that method is an Observer in any case
 
     def __call__(self, space: Space) -> list[Tensor]:
         """The direction, filtered."""
@@ -69,11 +71,12 @@ class ZScore:
         if owner.numel() < 2:
             return tensor
         entries = whole(tensor, owner)  # all of them, since ranks cannot be summed over shards
-        mean = entries.float().mean()
-        distances = (entries.float() - mean).abs()
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        mean = entries.to(wide).mean()
+        distances = (entries.to(wide) - mean).abs()
         rank = int(self.quantile * (entries.numel() - 1))  # torch.quantile refuses more than 16 million entries
         threshold = distances.flatten().kthvalue(rank + 1).values
-        own = distances if entries is tensor else (tensor.float() - mean).abs()
+        own = distances if entries is tensor else (tensor.to(wide) - mean).abs()
         return torch.where(own <= threshold, 0.0, tensor)  # NaN, of a gradient that is not finite, is kept
 
 
@@ -89,11 +92,11 @@ class Centralised:
     def __call__(self, space: Space, tensors: list[Tensor]) -> list[Tensor]:
         """The direction whose entries sum to zero for each output."""
         return [
-            self._centred(tensor, owner) if tensor.dim() > 1 else tensor
+            self._centred(tensor, owner) if owner.dim() > 1 else tensor
             for owner, tensor in zip(space.owners, tensors, strict=True)
         ]
 
     def _centred(self, tensor: Tensor, owner: Tensor) -> Tensor:
         placed = placed_like(tensor, owner)  # DTensor completes the mean where the weights of an output are spread
-        centred = placed - placed.mean(dim=tuple(range(1, tensor.dim())), keepdim=True)
+        centred = placed - placed.mean(dim=tuple(range(1, owner.dim())), keepdim=True)
         return local(placed_like(centred, owner))

@@ -98,7 +98,7 @@ class OnePassSide:
 
     def begin_step(self) -> None:
         """Before the graph reads anything: know w, unless it is known from the step before."""
-        rest = self.optimizer.rest
+        rest = self.optimizer._rest
         self._has_moved = rest.has_moved
         if not rest.is_kept_in(self._saved) or self._versions != [param._version for param in self._params]:
             known = rest.true_weights() if rest.is_as_left() else {}
@@ -108,5 +108,5 @@ class OnePassSide:
         """After the graph has written everything: w is in ``true``, and the weights are elsewhere."""
         self.optimizer.diagnostics.measure_losses(loss, None)
         self.optimizer.diagnostics.count(self._has_moved, is_taken)
-        self.optimizer.rest.move_in(self._saved)
+        self.optimizer._rest.move_in(self._saved)
         self._versions = [param._version for param in self._params]

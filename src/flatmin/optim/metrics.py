@@ -126,12 +126,14 @@ class Adaptive:
     def scaling(self, space: Space) -> list[Tensor]:
         """``|w| + eta``, or a 0-dim one."""
         return [
-            param.abs().add_(group.options["eta"]) if self._scales(param, name) else param.new_ones(())
+            param.abs().add_(group.options["eta"]) if self._scales(owner, name) else param.new_ones(())
             for group in space.groups
-            for param, name in zip(group.params, group.names or [""] * len(group.params), strict=True)
+            for owner, param, name in zip(
+                group.owners, group.params, group.names or [""] * len(group.params), strict=True
+            )
         ]
 
-    def _scales(self, param: Tensor, name: str) -> bool:
+    def _scales(self, owner: Tensor, name: str) -> bool:
         if self.scaled == "weights":
             return "weight" in name
-        return self.scaled == "all" or param.dim() > 1
+        return self.scaled == "all" or owner.dim() > 1

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, TypedDict, overload, runtime_checkable
+from typing import Any, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from flatmin.optim.balls import Ball
 from flatmin.optim.base_step import guarded_step, loss_scale_of, unscale_
 from flatmin.optim.closures import Closure, as_closures
 from flatmin.optim.diagnostics import Diagnostics
-from flatmin.optim.directions import BaseMomentum, Direction
+from flatmin.optim.directions import BaseMomentum, Direction, Observer
 from flatmin.optim.freshness import has_fresh_gradient, is_fresh, mark_used
 from flatmin.optim.layers import LayerBall
 from flatmin.optim.leftover import refusing_leftovers
@@ -29,14 +29,6 @@ from flatmin.optim.where import masked
 from flatmin.optim.wrapper import Wrapper, names_of
 
 _TRUE_WEIGHTS = "true_weights"
-
-
-@runtime_checkable
-class Observer(Protocol):
-    """A direction that learns from the gradient of each pass."""
-
-    def observe(self, space: Space) -> None:
-        """See the gradient at w + eps, before the base optimizer's step."""
 
 
 class OnePassOptions(TypedDict, total=False):
@@ -81,6 +73,9 @@ class OnePass(Wrapper):
         rho_schedule: Sets every group's rho before each step, see ``flatmin.optim.schedules``.
         rounding: How w + eps is rounded in bfloat16 and float16, see ``SharpnessAware``.
 
+    Attributes:
+        diagnostics: What the last step saw: counts, and the loss at w + eps where a closure returns it.
+
     Raises:
         TypeError: ``base`` is no optimizer, is itself sharpness-aware, or drives a closure of its own (LBFGS).
         ValueError: A hyperparameter is outside its domain, or a piece asks for the clean gradient.
@@ -109,9 +104,10 @@ class OnePass(Wrapper):
         self.diagnostics = Diagnostics()
         self._check_pieces()
         super().__init__(base, {"rho": rho, "is_perturbed": False, **self.ball.defaults})
-        self._names = names_of(model, self.param_groups) if self.ball.metric.needs_names else {}
+        self._model = model if self.ball.metric.needs_names else None
+        self._names = self._names_for_metric()
         self._memory = Memory(base)
-        self.rest = Rest()
+        self._rest = Rest()
         self._is_shown = False
 
     _step_supports_amp_scaling = True  # a gradient scaler calls step() also after an overflow, which is counted
@@ -175,7 +171,7 @@ class OnePass(Wrapper):
         if self._is_shown:
             yield
             return
-        self.rest.go_home()
+        self._rest.go_home()
         self._is_shown = True
         try:
             yield
@@ -191,7 +187,7 @@ class OnePass(Wrapper):
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict, with ``rho`` in its groups; also w where the weights rest at w + eps."""
-        true = self.rest.true_weights()
+        true = self._rest.true_weights()
         for owner, value in true.items():
             self.state[owner][_TRUE_WEIGHTS] = value
         self._mark_perturbed(bool(true))
@@ -217,7 +213,7 @@ class OnePass(Wrapper):
         entries = state_dict["state"].items()
         true = {params[key]: entry[_TRUE_WEIGHTS] for key, entry in entries if _TRUE_WEIGHTS in entry}
         others = {key: {name: x for name, x in entry.items() if name != _TRUE_WEIGHTS} for key, entry in entries}
-        self.rest.go_home()
+        self._rest.go_home()
         super().load_state_dict({**state_dict, "state": {key: entry for key, entry in others.items() if entry}})
         if self.param_groups[0]["is_perturbed"] and not true:
             raise ValueError(
@@ -227,15 +223,21 @@ class OnePass(Wrapper):
         self._mark_perturbed(False)
         self._rest_from(true)
         if true:
-            self.rest.await_model()
+            self._rest.await_model()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "rest": Rest(), "true_weights": self.rest.true_weights()}
+        return {**super().__getstate__(), "_rest": Rest(), "true_weights": self._rest.true_weights()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         true = state.pop("true_weights", {})
         super().__setstate__(state)
         self._rest_from(true)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer, with its own ``rho`` or the one given to the constructor."""
+        super().add_param_group(param_group)
+        if self._is_built:
+            self._names = self._names_for_metric()
 
     def check_options(self, options: dict[str, Any]) -> None:
         """Raise ``ValueError`` or ``TypeError`` where an entry of a group is outside its domain."""
@@ -256,13 +258,13 @@ class OnePass(Wrapper):
     def _take_step(self, scaler: GradScaler | None) -> None:
         """Home, the base optimizer's update unless the gradient is not finite, and out again."""
         space = active_space(self.base, self._names, self._memory)
-        has_moved = self.rest.has_moved
-        self.rest.go_home()
+        has_moved = self._rest.has_moved
+        self._rest.go_home()
         try:
             looks = self._unscale(space, scaler) or self.skip_nonfinite
-            is_taken = guarded_step(self.base, space, found_inf=self._found_inf, looks=looks)
             if isinstance(self.direction, Observer):
                 self.direction.observe(space)
+            is_taken = guarded_step(self.base, space, found_inf=self._found_inf, looks=looks)
             self._memory.commit(is_taken, set(space.owners))
             self.diagnostics.count(has_moved, is_taken)
             if is_taken is not False:
@@ -302,7 +304,10 @@ class OnePass(Wrapper):
         if number == 0 or not self.when(number) or not space.groups:
             return
         seed = seed_of(number) if self.rounding == "stochastic" else None
-        self.rest.ascend(space, masked(space, self.direction(space)), self.ball, seed)
+        self._rest.ascend(space, masked(space, self.direction(space)), self.ball, seed)
+
+    def _names_for_metric(self) -> dict[Tensor, str]:
+        return names_of(self._model, self.param_groups) if self.ball.metric.needs_names else {}
 
     def _check_pieces(self) -> None:
         if self.direction.needs_clean_gradient:
@@ -310,7 +315,8 @@ class OnePass(Wrapper):
                 f"direction must need no clean gradient, got {type(self.direction).__name__}: "
                 "use flatmin.SharpnessAware, which makes two passes"
             )
-        if self.ball.metric.depends_on_scale or self.ball.depends_on_scale:
+        needs_gradient = isinstance(self.ball, LayerBall) and self.ball.joint_vectors
+        if needs_gradient or self.ball.depends_on_scale:
             raise ValueError("ball must not depend on the gradient, which is not known when the weights are perturbed")
         if isinstance(self.when, GradientWhen):
             raise ValueError(f"when must go by the number of the step, got {type(self.when).__name__}")

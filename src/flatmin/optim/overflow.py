@@ -34,10 +34,11 @@ class Overflow:
         if is_finite.device.type == "cpu" and is_finite:  # known without waiting: there is nothing to pass on
             return
         self._is_finite = is_finite
-        step = max(1, len(owners) // _NUM_CARRIERS)
+        watched = [owner for owner in owners if owner.requires_grad]  # one frozen since has the gradient it had
+        step = max(1, len(watched) // _NUM_CARRIERS)
         self._handles = [
             owner.register_post_accumulate_grad_hook(self._mark)  # type: ignore[no-untyped-call]
-            for owner in owners[self._num_announced % step :: step]  # others each time, lest all of them never get any
+            for owner in watched[self._num_announced % step :: step]  # others each time, lest all of them never get any
         ]
         self._num_announced += 1
 

@@ -222,9 +222,24 @@ def set_generators(states: _Generators) -> None:
 
 def set_buffers(buffers: _Buffers) -> None:
     """Put the values back, in the tensors that held them."""
-    for module, name, buffer, _ in buffers:
-        module._buffers[name] = buffer  # a module may have bound a new tensor instead of writing into this one
-    pairs = [(buffer, value) for _, _, buffer, value in buffers if buffer is not None and value is not None]
-    if pairs:
-        with torch.no_grad():
-            torch._foreach_copy_([buffer for buffer, _ in pairs], [value for _, value in pairs])
+    targets, values = [], []
+    with torch.no_grad():
+        for module, name, buffer, value in buffers:
+            module._buffers[name] = buffer  # a module may have bound a new tensor instead of writing into this one
+            if buffer is None or value is None:
+                continue
+            if type(buffer) is Tensor and 0 not in buffer.stride():
+                targets.append(buffer)
+                values.append(value)
+            else:
+                _put_back_(buffer, value)
+        if targets:
+            torch._foreach_copy_(targets, values)
+
+
+def _put_back_(buffer: Tensor, value: Tensor) -> None:
+    """One that cannot be in a list with others, such as a DTensor, or that is expanded: one number for many entries."""
+    for dim, stride in enumerate(buffer.stride()):
+        if stride == 0 and buffer.shape[dim] > 1:
+            buffer, value = buffer.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
+    buffer.copy_(value)

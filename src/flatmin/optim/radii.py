@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flatmin.optim.schedules import half_cosine
 from flatmin.optim.space import ActiveGroup
 
 
@@ -137,13 +138,6 @@ class FirstOrderGain:
     def __call__(self, length: Tensor, unit: Tensor, group: ActiveGroup) -> Tensor:
         """``min(sigma_t / (||g|| + delta), rho) * unit``."""
         share = 0.0 if self.num_steps is None else group.options["num_steps"] / self.num_steps
-        sigma = group.options["sigma"] * _half_cosine((share - self.decay_start) / (1.0 - self.decay_start))
+        sigma = group.options["sigma"] * half_cosine((share - self.decay_start) / (1.0 - self.decay_start))
         reach = torch.clamp(sigma / (length + self.delta), max=abs(group.radius))
         return -unit * reach if group.options.get("maximize", False) else unit * reach
-
-
-def _half_cosine(share: float | Tensor) -> float | Tensor:
-    """``(1 + cos(pi share)) / 2``, 1 below 0 and 0 beyond 1; of a tensor where a step is traced."""
-    if isinstance(share, Tensor):
-        return 0.5 * (1.0 + torch.cos(math.pi * share.clamp(0.0, 1.0)))
-    return 0.5 * (1.0 + math.cos(math.pi * min(max(share, 0.0), 1.0)))

@@ -6,7 +6,10 @@ entries of the groups and saved with them.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, overload
+
+import torch
+from torch import Tensor
 
 RhoSchedule = Callable[[int, Mapping[str, Any]], float]
 """Called with the number of the step and a group that has ``initial_rho`` and ``lr``; returns the group's rho."""
@@ -92,4 +95,19 @@ class CosineToZero:
     def __call__(self, step: int, group: Mapping[str, Any]) -> float:
         """``initial_rho (1 + cos(pi step / num_steps)) / 2``."""
         initial: float = group["initial_rho"]
-        return initial * 0.5 * (1.0 + math.cos(math.pi * min(step / self.num_steps, 1.0)))
+        return initial * half_cosine(step / self.num_steps)
+
+
+@overload
+def half_cosine(share: float) -> float: ...
+
+
+@overload
+def half_cosine(share: Tensor) -> Tensor: ...
+
+
+def half_cosine(share: float | Tensor) -> float | Tensor:
+    """``(1 + cos(pi share)) / 2``, 1 below 0 and 0 beyond 1; of a tensor where a step is traced."""
+    if isinstance(share, Tensor):
+        return 0.5 * (1.0 + torch.cos(math.pi * share.clamp(0.0, 1.0)))
+    return 0.5 * (1.0 + math.cos(math.pi * min(max(share, 0.0), 1.0)))

@@ -1,7 +1,7 @@
 """The parameters a step works on, as one vector: what pieces read, measure and remember."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -172,11 +172,7 @@ def active_space(
         if not owners:
             continue
         grads = [param.grad for param in owners]
-        if any(grad.is_sparse for grad in grads):
-            raise RuntimeError(
-                "gradients must be dense, got a sparse one: build the embedding with sparse=False, "
-                "or give its weights to an optimizer of their own"
-            )
+        refuse_sparse(grads)
         params = owners
         if any(param.is_complex() or is_sharded(param) for param in owners):
             grads = [as_real(local(placed_like(grad, param))) for grad, param in zip(grads, owners, strict=True)]
@@ -184,6 +180,15 @@ def active_space(
         known = [names[param] for param in owners] if names else None
         groups.append(ActiveGroup(owners, params, grads, known, options))
     return Space(groups, memory, loss_scale)
+
+
+def refuse_sparse(grads: Iterable[Tensor]) -> None:
+    """Raise ``RuntimeError`` where a gradient is sparse."""
+    if any(grad.is_sparse for grad in grads):
+        raise RuntimeError(
+            "gradients must be dense, got a sparse one: build the embedding with sparse=False, "
+            "or give its weights to an optimizer of their own"
+        )
 
 
 def _dense_group(options: Mapping[str, Any], names: Mapping[Tensor, str]) -> ActiveGroup:

@@ -125,6 +125,7 @@ class TwoPass:
         self.overflow.deliver(self.params())
         if self.needs_averaging:
             self._share_before_combining()
+        completed = self._complete_gradients()
         space = self.space()
         if is_unscaled:
             space = replace(space, loss_scale=None)
@@ -137,6 +138,9 @@ class TwoPass:
             self._follow(space, combine(space, clean, space.grads))
         else:
             self._follow(space, combine.plain(space, space.grads))
+        if not combine.needs_clean_gradient:  # diagnostics alone have asked for them
+            for owner in completed:
+                owner.grad = None
         if self.sync is not None and progress.is_perturbed and not progress.averages_at_end:
             self._share_after_combining()
         progress.end_passes()
@@ -259,6 +263,13 @@ class TwoPass:
                 "pass the scaler to the first step as well, first_step(scaler=scaler)"
             )
         return [torch.zeros_like(g_p) if g is None else g for g, g_p in zip(clean, space.grads, strict=True)]
+
+    def _complete_gradients(self) -> list[Tensor]:
+        """Give zeros to the parameters on which the loss at w depends and that at w + eps does not; returns them."""
+        missing = [owner for owner in self.progress.clean if owner.grad is None]
+        for owner in missing:
+            owner.grad = torch.zeros_like(owner)
+        return missing
 
     def _follow(self, space: Space, followed: list[Tensor]) -> None:
         for owner, grad, new in zip(space.owners, space.grads, followed, strict=True):

@@ -67,14 +67,17 @@ class Bernoulli:
     """
 
     def __init__(self, probability: float | Callable[[int], float], seed: int = 0) -> None:
-        if not callable(probability) and not 0.0 <= probability <= 1.0:
-            raise ValueError(f"probability must be in [0, 1], got {probability}")
+        if not callable(probability):
+            _check_probability(probability)
+        if not seed >= 0:
+            raise ValueError(f"seed must be >= 0, got {seed}")
         self.probability = probability
         self.seed = seed
 
     def __call__(self, step: int) -> bool:
         """Whether the draw of this step falls below the probability."""
         probability = self.probability(step) if callable(self.probability) else self.probability
+        _check_probability(probability)
         generator = torch.Generator().manual_seed(seed_of(self.seed, step))
         return float(torch.rand((), generator=generator)) < probability
 
@@ -89,6 +92,8 @@ class Window:
     """
 
     def __init__(self, start: float = 0, stop: float | None = None, num_steps: int | None = None) -> None:
+        if num_steps is not None and not num_steps >= 1:
+            raise ValueError(f"num_steps must be >= 1, got {num_steps}")
         self.start = _as_step("start", start, num_steps)
         self.stop = math.inf if stop is None else _as_step("stop", stop, num_steps)
         if not self.start <= self.stop:
@@ -150,9 +155,17 @@ class AllOf:
 
     Args:
         *rules: Rules that go by the number of the step.
+
+    Raises:
+        ValueError: One looks at the gradient; ``Within`` takes it.
     """
 
     def __init__(self, *rules: When) -> None:
+        for rule in rules:
+            if isinstance(rule, GradientWhen):
+                raise ValueError(
+                    f"rules must go by the number of the step, got {type(rule).__name__}: Within lets it decide"
+                )
         self.rules = rules
 
     def __call__(self, step: int) -> bool:
@@ -175,6 +188,11 @@ class Within:
     def decide(self, step: int, gradient_norm: float, memory: MutableMapping[str, Any]) -> bool:
         """Whether both say so; the inner rule sees every gradient."""
         return self.rule.decide(step, gradient_norm, memory) and self.allowed(step)
+
+
+def _check_probability(probability: float) -> None:
+    if not 0.0 <= probability <= 1.0:
+        raise ValueError(f"probability must be in [0, 1], got {probability}")
 
 
 def _as_step(name: str, value: float, num_steps: int | None) -> int:

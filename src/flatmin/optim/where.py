@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from flatmin.optim.sharding import is_sharded, local, placed_like
 from flatmin.optim.space import Space
 
 Perturb = (
@@ -18,6 +19,7 @@ Perturb = (
     | Mapping[str, Tensor]
 )
 
+_CHOICES = 'perturb must be "norm", "no_norm", module classes, a function or masks by name, got {!r}'
 _NORM_LAYERS = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -35,7 +37,7 @@ def param_groups(
             InstanceNorm, RMSNorm of torch, and other modules whose class name ends in "Norm", "Norm1d", "Norm2d" or
             "Norm3d"); ``"no_norm"``, all others; a module class or several, the parameters directly in such modules; a
             function of a parameter's name and the parameter; or boolean masks by parameter name, whose true entries
-            are perturbed. Masks are saved with the groups.
+            are perturbed. Masks are saved with the groups; for sharded parameters (DTensor) they must be sharded too.
         groups: Parameter groups with settings of their own, which both parts keep, such as timm's; all parameters in
             one group by default. Parameters that they leave out are left out.
 
@@ -86,9 +88,16 @@ def masked(space: Space, tensors: list[Tensor]) -> list[Tensor]:
         for param, mask in zip(group.options["params"], group.options.get("masks", ()), strict=False)
     }
     return [
-        tensor.masked_fill(~masks[owner].to(tensor.device), 0.0) if owner in masks else tensor
+        _with_zeros(tensor, masks[owner], owner) if owner in masks else tensor
         for owner, tensor in zip(space.owners, tensors, strict=True)
     ]
+
+
+def _with_zeros(tensor: Tensor, mask: Tensor, owner: Tensor) -> Tensor:
+    stays = ~local(placed_like(mask, owner)).to(tensor.device)
+    if tensor.dim() > owner.dim():  # a complex parameter as a real view
+        stays = stays.unsqueeze(-1)
+    return tensor.masked_fill(stays, 0.0)
 
 
 def _chosen(model: nn.Module, perturb: Perturb) -> set[Tensor]:
@@ -97,11 +106,13 @@ def _chosen(model: nn.Module, perturb: Perturb) -> set[Tensor]:
         return _checked_masks(model, perturb)
     if isinstance(perturb, str):
         if perturb not in ("norm", "no_norm"):
-            raise ValueError(f'perturb must be "norm", "no_norm", a module class or a function, got {perturb!r}')
+            raise ValueError(_CHOICES.format(perturb))
         norm: set[Tensor] = {
             p for module in model.modules() if _is_norm(module) for p in module.parameters(recurse=False)
         }
         return norm if perturb == "norm" else every - norm
+    if not isinstance(perturb, tuple) and not callable(perturb):
+        raise ValueError(_CHOICES.format(perturb))
     if isinstance(perturb, type | tuple):
         modules = [module for module in model.modules() if isinstance(module, perturb)]
         return {param for module in modules for param in module.parameters(recurse=False)}
@@ -115,6 +126,11 @@ def _checked_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> set[Tensor]
             raise ValueError(
                 f"perturb must hold boolean masks shaped like the parameters they are named for, got {mask.dtype} "
                 f"{tuple(mask.shape)} for {name!r}"
+            )
+        if is_sharded(params[name]) and not is_sharded(mask):
+            raise ValueError(
+                f"perturb must hold masks that are spread over processes like the parameters, got a whole one for "
+                f"{name!r}: torch.distributed.tensor.distribute_tensor spreads it"
             )
     return {params[name] for name in masks}
 

@@ -115,9 +115,11 @@ class Wrapper(Optimizer):
         self.base.state = state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base, with our entries; its own ``rho`` is kept."""
+        """Add a group to the base, with our entries; its own ``rho`` is kept, and it counts the steps taken before."""
         if isinstance(param_group, dict):
             self.check_options({**self._own_defaults, **param_group})
+            if self._is_built:
+                param_group["num_steps"] = self.param_groups[0]["num_steps"]
             for name, default in self._own_defaults.items():
                 param_group.setdefault(name, default)
         if self._is_built:
@@ -131,11 +133,13 @@ class Wrapper(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of the base; entries it lacks keep their present values."""
-        own = [{name: group[name] for name in self._own_defaults} for group in self.param_groups]
+        before = [dict(group) for group in self.param_groups]
         self.base.load_state_dict(state_dict)
-        for group, entries in zip(self.param_groups, own, strict=True):
-            for name, value in entries.items():
-                group.setdefault(name, value)
+        for group, entries in zip(self.param_groups, before, strict=True):
+            scheduled = () if "rho" in group else ("initial_rho",)  # it belongs to the rho that is kept
+            for name in (*self._own_defaults, "perturb", "masks", *scheduled):
+                if name in entries:
+                    group.setdefault(name, entries[name])
 
     def __getstate__(self) -> dict[str, Any]:
         dropped = {"step", "_zero_grad_profile_name", *_STATE_DICT_HOOKS}  # a scheduler patches `step` on the instance

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from flatmin.optim import joint_norm
+from flatmin.sharpness.loss_functions import as_scalar
 from flatmin.sharpness.unchanged import BatchStatistics, unchanged, wide
 
 
@@ -50,10 +52,9 @@ def gradient_direction(model: nn.Module, loss_fn: Callable[[], Tensor], batch_no
     params = list(model.parameters())
     free = [param for param in params if param.requires_grad]
     with unchanged(model, batch_norm), torch.enable_grad():
-        grads = iter(torch.autograd.grad(loss_fn(), free, allow_unused=True, materialize_grads=True))
+        grads = iter(torch.autograd.grad(as_scalar(loss_fn()), free, allow_unused=True, materialize_grads=True))
     gradient = [next(grads) if param.requires_grad else torch.zeros_like(param) for param in params]
-    squares = [grad.to(wide(grad.dtype)).square().sum().to(gradient[0].device) for grad in gradient]
-    length = torch.stack(squares).sum().sqrt()
+    length = joint_norm(gradient)
     scale = torch.where(length > 0, 1 / length, 0.0)
     return [grad * scale.to(grad) for grad in gradient]
 

@@ -11,8 +11,8 @@ from torch.distributed import ProcessGroup
 
 from flatmin.sharpness.batches import num_examples
 from flatmin.sharpness.grid_log import GridLog, fingerprint
-from flatmin.sharpness.loss_functions import LossFn
-from flatmin.sharpness.objective import Objective
+from flatmin.sharpness.loss_functions import LossFn, as_scalar
+from flatmin.sharpness.objective import Objective, mean_of, refuse_unknown
 from flatmin.sharpness.ranks import list_of_ranks
 from flatmin.sharpness.unchanged import batch_norm_layers, same_random_numbers, unchanged
 
@@ -114,7 +114,8 @@ def mean_loss(
         batch_weight: The weight of a batch in the mean; its number of examples by default.
 
     Returns:
-        A function of nothing that returns the mean loss over the data at the model's present weights.
+        A function of nothing that returns the mean loss over the data at the model's present weights, and raises
+        ``ValueError`` where the data hold no batch.
     """
     objective = Objective(model, loss_fn, data, batch_norm="running", batch_weight=batch_weight)
 
@@ -124,7 +125,7 @@ def mean_loss(
             for batch, weight in batches:
                 total = total + weight * objective.loss_of(batch)
                 weights += weight
-        return total / weights
+        return mean_of(total, weights)
 
     return loss
 
@@ -137,6 +138,7 @@ def _loss_at(  # noqa: PLR0917 - the two callers name them all
     batch_norm: PointStatistics,
     options: GridOptions,
 ) -> Tensor:
+    refuse_unknown(options, GridOptions)
     if batch_norm not in get_args(PointStatistics):
         raise ValueError(f"batch_norm must be 'batch', 'running' or 'recomputed', got {batch_norm!r}")
     params = list(model.parameters())
@@ -156,7 +158,7 @@ def _loss_at(  # noqa: PLR0917 - the two callers name them all
             with same_random_numbers(params):
                 if batch_norm == "recomputed":
                     _recompute_statistics(model, loss_fn)
-                losses[index] = loss_fn().detach().double().item()
+                losses[index] = as_scalar(loss_fn()).detach().double().item()
             log.write(index, losses[index])
             progress(len(losses), len(mine))
     found = {index: loss for part in list_of_ranks(losses, group) for index, loss in part.items()}

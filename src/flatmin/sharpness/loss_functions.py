@@ -17,6 +17,18 @@ def on_batches(loss_fn: LossFn) -> LossFn:
     return _on_outputs(loss_fn) if _is_criterion(loss_fn) else loss_fn
 
 
+def as_scalar(loss: object) -> Tensor:
+    """What a loss function has returned, 0-dim.
+
+    Raises:
+        ValueError: It is no tensor of one entry.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn must return a scalar tensor, got {got}")
+    return loss.reshape(())
+
+
 def _is_criterion(loss_fn: LossFn) -> bool:
     if isinstance(loss_fn, partial):
         return _is_criterion(loss_fn.func)

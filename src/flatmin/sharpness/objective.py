@@ -1,7 +1,7 @@
 """The loss that a measure looks at: its mean over all data, as a function of the chosen parameters."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypedDict, Unpack
 
@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
 from flatmin.sharpness.batches import micro_batches, num_examples, to_device
-from flatmin.sharpness.loss_functions import LossFn, on_batches
+from flatmin.sharpness.loss_functions import LossFn, as_scalar, on_batches
 from flatmin.sharpness.measure import Setting
 from flatmin.sharpness.ranks import share_buffers_, sum_over_ranks
 from flatmin.sharpness.selection import Selection, described, select_params
@@ -57,11 +57,12 @@ class Objective:
         options: See ``LossOptions``.
 
     Raises:
-        TypeError: ``data`` can be iterated only once.
+        TypeError: ``data`` can be iterated only once, or an option is unknown.
         ValueError: No parameter is chosen, or ``batch_norm`` is missing or meets an option that contradicts it.
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, data: Iterable[Any], **options: Unpack[LossOptions]) -> None:
+        refuse_unknown(options, LossOptions)
         if isinstance(data, Iterator):
             raise TypeError(f"data must be iterable more than once, got the iterator {type(data).__name__}")
         self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
@@ -164,11 +165,7 @@ class Objective:
         Raises:
             ValueError: It is no scalar.
         """
-        loss = self.loss_fn(self.model, batch)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"loss_fn must return a scalar tensor, got {got}")
-        return loss.reshape(())
+        return as_scalar(self.loss_fn(self.model, batch))
 
     def loss(self) -> float:
         """``L`` at the present weights."""
@@ -199,9 +196,7 @@ class Objective:
             total = sum_over_ranks(total.to(self.device), self.process_group)
             weight = torch.tensor([weights], dtype=torch.float64, device=self.device)
             weights = sum_over_ranks(weight, self.process_group).item()
-        if not weights > 0.0:
-            raise ValueError("data must hold at least one batch of positive weight, got none")
-        return total / weights
+        return mean_of(total, weights)
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
         """One tensor per chosen parameter as one vector."""
@@ -226,6 +221,25 @@ class Objective:
         with torch.no_grad():
             for param, value in zip(self.params, values, strict=True):
                 param.copy_(value)
+
+
+def mean_of(total: Tensor, weights: float) -> Tensor:
+    """A weighted sum over batches, made the weighted mean.
+
+    Raises:
+        ValueError: There was no batch.
+    """
+    if not weights > 0.0:
+        raise ValueError("data must hold at least one batch of positive weight, got none")
+    return total / weights
+
+
+def refuse_unknown(options: Mapping[str, Any], known: type) -> None:
+    """Raise ``TypeError`` for options that a ``TypedDict`` does not have: a misspelt one would change nothing."""
+    names = sorted(known.__annotations__)
+    unknown = sorted(options.keys() - names)
+    if unknown:
+        raise TypeError(f"options must be among {', '.join(names)}, got {', '.join(unknown)}")
 
 
 def _checked_batch_norm(

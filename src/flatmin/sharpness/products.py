@@ -82,8 +82,8 @@ def hessian_product(
     """
     if hvp not in get_args(Method):
         raise ValueError(f"hvp must be 'double_backward' or 'finite_differences', got {hvp!r}")
-    if difference_step is not None and not difference_step > 0.0:
-        raise ValueError(f"difference_step must be > 0, got {difference_step}")
+    if difference_step is not None and not 0.0 < difference_step < math.inf:
+        raise ValueError(f"difference_step must be > 0 and finite, got {difference_step}")
     if hvp == "double_backward":
         return lambda vectors: _double_backward(objective, vectors)
     precision = max(torch.finfo(param.dtype).eps for param in objective.params)

@@ -10,6 +10,8 @@ def metric_of(adaptive: bool | Adaptive) -> Metric:
     """The metric: ``T = 1``, or ``T = |w|`` for ``True``, or another ``flatmin.optim.Adaptive``."""
     if isinstance(adaptive, bool):
         return Adaptive(eta=0.0, scaled="all") if adaptive else Identity()
+    if not isinstance(adaptive, Adaptive):
+        raise TypeError(f"adaptive must be true, false or a flatmin.optim.Adaptive, got {adaptive!r}")
     return adaptive
 
 

@@ -92,8 +92,8 @@ def spectral_density(
     for name, number in (("num_vectors", num_vectors), ("num_steps", num_steps)):
         if not number >= 1:
             raise ValueError(f"{name} must be >= 1, got {number}")
-    if width is not None and not width > 0.0:
-        raise ValueError(f"width must be > 0, got {width}")
+    if width is not None and not 0.0 < width < math.inf:
+        raise ValueError(f"width must be > 0 and finite, got {width}")
     objective = Objective(model, loss_fn, data, **loss_options(options))
     generator = torch.Generator().manual_seed(seed)
     rules = []

@@ -30,9 +30,9 @@ def unchanged(model: nn.Module, batch_norm: BatchStatistics) -> Iterator[list[Te
     grads = [None if param.grad is None else (param.grad, param.grad.clone()) for param in params]
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
-        (module, name, buffer, buffer.clone())
+        (module, name, buffer, None if buffer is None else buffer.clone())
         for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
+        for name, buffer in module._buffers.items()
     ]
     try:
         with same_random_numbers(params):
@@ -46,7 +46,11 @@ def unchanged(model: nn.Module, batch_norm: BatchStatistics) -> Iterator[list[Te
                 param.copy_(weight)
                 param.grad = None if grad is None else grad[0].copy_(grad[1])
             for module, name, buffer, value in buffers:
-                setattr(module, name, buffer.copy_(value))
+                module._buffers[name] = buffer
+                if buffer is None or value is None:
+                    continue
+                if 0 not in buffer.stride() or not torch.equal(buffer, value):  # nothing writes into an expanded one
+                    buffer.copy_(value)
         for module, training in modes:
             module.training = training
 

@@ -19,6 +19,7 @@ from flatmin.optim.passes import Replay
 from flatmin.optim.perturbation import Saved, perturb_
 from flatmin.optim.seeding import seed_of
 from flatmin.optim.sharding import is_sharded
+from flatmin.optim.space import refuse_sparse
 
 
 class BSAM(Optimizer):
@@ -37,6 +38,8 @@ class BSAM(Optimizer):
     between steps, and a copy of the parameters and ``sqrt(s) |g|`` during the second pass, with several micro-batches
     two sums too.
 
+    Groups of ``flatmin.param_groups`` that are left out of the perturbation have samples and no perturbation.
+
     Args:
         params: Parameters or parameter groups; ``lr``, ``rho`` and the other numbers are group entries.
         lr: Learning rate, ``> 0``. This default, betas and rho are those of the authors' README for ResNet-18 on
@@ -52,8 +55,12 @@ class BSAM(Optimizer):
         model: As in ``SharpnessAware``: with it the second pass repeats the random numbers of the first and leaves its
             buffers alone.
 
+    Attributes:
+        diagnostics: Counts, and the loss at the sample of the posterior.
+
     Raises:
-        ValueError: A hyperparameter is outside its domain.
+        ValueError: A hyperparameter is outside its domain, a parameter is sharded or complex, or a group is to be
+            maximised or has masks.
 
     References:
         Möllenhoff and Khan (2023), ICLR, arXiv:2210.01620, Algorithm 1; team-approx-bayes/bayesian-sam, ``optim.py``.
@@ -98,14 +105,19 @@ class BSAM(Optimizer):
             value = float(options[name])
             if not (0.0 < value if is_positive else 0.0 <= value) or math.isinf(value):
                 raise ValueError(f"{name} must be {'>' if is_positive else '>='} 0 and finite, got {options[name]}")
-        if not all(0.0 <= beta < 1.0 for beta in options["betas"]):
-            raise ValueError(f"betas must be in [0, 1), got {options['betas']}")
+        if len(options["betas"]) != 2 or not all(0.0 <= beta < 1.0 for beta in options["betas"]):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {options['betas']}")
+        for name in ("maximize", "masks"):
+            if options.get(name):
+                raise ValueError(f"groups must have no {name} with BSAM, got one that has")
         super().add_param_group(param_group)
         if any(map(is_sharded, self.param_groups[-1]["params"])):
             raise ValueError(
                 "params must be whole, got sharded ones (DTensor), because BSAM draws its noise for whole tensors: "
                 "use DistributedDataParallel"
             )
+        if any(map(torch.is_complex, self.param_groups[-1]["params"])):
+            raise ValueError("params must be real, got complex ones, of which the posterior is not defined")
 
     @torch.no_grad()
     def step(self, closure: Closure | Sequence[Closure]) -> Tensor:  # type: ignore[override]
@@ -188,7 +200,7 @@ class BSAM(Optimizer):
     def _update(self, total: dict[Tensor, tuple[Tensor, Tensor]], number: int) -> None:
         """Momentum, weights and precision; nothing where a gradient is not finite."""
         is_finite = bool(joint_norm([x for pair in total.values() for x in pair], math.inf).isfinite())
-        self.diagnostics.count(any(group["rho"] for group in self.param_groups), is_finite)
+        self.diagnostics.count(any(_radius(group) for group in self.param_groups), is_finite)
         if not is_finite:
             return
         for group in self.param_groups:
@@ -215,6 +227,8 @@ class BSAM(Optimizer):
 
     def _perturb_by_noise(self, generators: dict[torch.device, torch.Generator | None]) -> Saved:
         params = [param for param in self._params() if param.requires_grad]
+        if not params:
+            return Saved()
         noises = [
             torch.randn(param.shape, generator=generators[param.device], dtype=param.dtype, device=param.device)
             for param in params
@@ -227,7 +241,7 @@ class BSAM(Optimizer):
         steps = torch._foreach_div(grads, self._precisions(params))
         if not joint_norm(steps, math.inf).isfinite():
             return None
-        radii = {param: group["rho"] for group in self.param_groups for param in group["params"]}
+        radii = {param: _radius(group) for group in self.param_groups for param in group["params"]}
         return perturb_(params, steps, [step.new_tensor(radii[p]) for p, step in zip(params, steps, strict=True)])
 
     def _precisions(self, params: list[Tensor]) -> list[Tensor]:
@@ -241,7 +255,9 @@ class BSAM(Optimizer):
         params = [param for param in self._params() if param.grad is not None]
         if not params:
             raise RuntimeError("no parameter has a gradient: backward() must run inside the closure")
-        return params, [param.grad for param in params if param.grad is not None]
+        grads = [param.grad for param in params if param.grad is not None]
+        refuse_sparse(grads)
+        return params, grads
 
     def _params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
@@ -249,3 +265,8 @@ class BSAM(Optimizer):
     def _clear_gradients(self) -> None:
         for param in self._params():
             param.grad = None
+
+
+def _radius(group: dict[str, Any]) -> float:
+    rho: float = group["rho"]
+    return rho if group.get("perturb", True) else 0.0

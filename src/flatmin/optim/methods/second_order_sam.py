@@ -1,20 +1,22 @@
 """SAM with the term of second order that it drops: the gradient of the loss at the worst point, eps included."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from flatmin.optim.balls import spread
 from flatmin.optim.base_step import guarded_step
 from flatmin.optim.diagnostics import Diagnostics
-from flatmin.optim.freshness import mark_used
+from flatmin.optim.freshness import is_fresh, mark_used
 from flatmin.optim.memory import Memory
+from flatmin.optim.norms import joint_dot, joint_norm
 from flatmin.optim.passes import generators_of, set_generators
 from flatmin.optim.schedules import RhoSchedule, set_radii
-from flatmin.optim.space import ActiveGroup, Space, active_space
+from flatmin.optim.space import ActiveGroup, Space, active_space, as_real, refuse_sparse
 from flatmin.optim.where import masked
 from flatmin.optim.wrapper import Wrapper
 
@@ -88,45 +90,60 @@ class SecondOrderSAM(Wrapper):
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             raise ValueError("model must have no recurrent layer of torch, which holds its weights in a second place")
 
+    @overload  # type: ignore[override]  # as the other methods
+    def step(self, closure: Callable[[], Tensor]) -> Tensor: ...
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]  # as the other methods
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """Take a step and return the loss at w.
 
         Args:
             closure: Computes the loss of one batch with ``model`` and returns it, differentiable. It is called twice.
+                Only torch.distributed.checkpoint gives none, to have the base optimizer's state created.
+
+        Raises:
+            TypeError: There is no closure, or several, or it returns no scalar tensor.
+            RuntimeError: The loss depends on no parameter, some gradient is sparse, or there are gradients that no step
+                has used: of a backward pass in the closure, or before the step, which would be lost.
         """
+        if closure is None and self._only_creates_state():
+            self._create_state(())
+            return None
+        if not callable(closure):
+            raise TypeError(f"closure must be one function that returns the loss, got {closure!r}")
         set_radii(self.rho_schedule, self.param_groups)
-        params = [param for param in self._params() if param.requires_grad]
         with torch.enable_grad():
-            loss, followed = self._differentiated(closure, params)
-        for param in params:
+            loss, followed = self._differentiated(closure)
+        for param in self._params():  # of one that was frozen since, the last step's gradient is there still
             param.grad = followed.get(param)
         space = active_space(self.base, {}, self._memory)
         is_taken = guarded_step(self.base, space, found_inf=None, looks=self.skip_nonfinite)
-        mark_used(params)
-        for group in self.param_groups:
-            group["num_steps"] += 1
+        mark_used(self._params())
+        if is_taken is not False:
+            for group in self.param_groups:
+                group["num_steps"] += 1
         perturbed = (group for group in self.param_groups if group.get("perturb", True))
         self.diagnostics.count(any(group["rho"] != 0.0 for group in perturbed), is_taken)
         return loss
 
-    def _differentiated(
-        self, closure: Callable[[], Tensor], params: list[Tensor]
-    ) -> tuple[Tensor, dict[Tensor, Tensor]]:
+    def _differentiated(self, closure: Callable[[], Tensor]) -> tuple[Tensor, dict[Tensor, Tensor]]:
         """The loss at w, and g* of every parameter that it depends on."""
-        at_start = generators_of(params)
+        at_start = generators_of(self._params())
         buffers = [(place, name, None if b is None else b.clone()) for place, name, b in _buffers_of(self.model)]
-        loss = closure()
-        found = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
-        used = {param: grad for param, grad in zip(params, found, strict=True) if grad is not None}
-        params, grads = list(used), list(used.values())
+        loss = _checked(closure())
+        params, grads = self._gradients_at_w(loss)
         after_first = generators_of(params)
         steps = self._steps(params, grads)
-        set_generators(at_start)
         moved = [(param + step).detach().requires_grad_() for param, step in zip(params, steps, strict=True)]
-        with _standing_at(self.model, dict(zip(params, moved, strict=True)), buffers):
-            loss_there = closure()
-        set_generators(after_first)
+        try:
+            set_generators(at_start)
+            with _standing_at(self.model, dict(zip(params, moved, strict=True)), buffers):
+                loss_there = _checked(closure())
+        finally:
+            set_generators(after_first)
         first_order = _gradients([loss_there], moved)
         # steps is a function of w: its derivative, applied to the gradient at w + eps, is the term that SAM drops.
         second_order = _gradients(steps, params, weights=first_order)
@@ -134,6 +151,23 @@ class SecondOrderSAM(Wrapper):
         self.diagnostics.measure_losses(loss.detach(), loss_there.detach())
         self.diagnostics.cosine = _cosine(first_order, followed)
         return loss.detach(), dict(zip(params, followed, strict=True))
+
+    def _gradients_at_w(self, loss: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters that the loss depends on, and its gradients, with their graph."""
+        if any(is_fresh(param.grad) and param.grad is not None and bool(param.grad.any()) for param in self._params()):
+            raise RuntimeError(
+                "closure must run no backward pass, which SecondOrderSAM does itself, and none before step() may leave "
+                "gradients, which would be lost: got parameters with a gradient that no step has used"
+            )
+        params = [param for param in self._params() if param.requires_grad]
+        found: Sequence[Tensor | None] = ()
+        if params and loss.requires_grad:
+            found = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+        used = {param: grad for param, grad in zip(params, found, strict=bool(found)) if grad is not None}
+        if not used:
+            raise RuntimeError("closure must return a loss that depends on a parameter which requires a gradient")
+        refuse_sparse(used.values())
+        return list(used), list(used.values())
 
     def _steps(self, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         """eps, with the graph from w to it."""
@@ -146,10 +180,10 @@ class SecondOrderSAM(Wrapper):
         if not space.owners:
             return list(steps.values())
         along = masked(space, space.grads)
-        norm = torch.stack([torch.linalg.vector_norm(grad) for grad in along]).norm()  # joint_norm has no derivative
+        norm = _norm(along)
         scale = torch.where(norm > 0, 1 / torch.where(norm > 0, norm, 1.0), 0.0)
-        radii = space.per_param([group.radius for group in space.groups])
-        steps |= {w: rho * scale * grad for w, rho, grad in zip(space.owners, radii, along, strict=True)}
+        scales = spread(space, [group.radius * scale for group in space.groups])
+        steps |= {w: factor * grad for w, factor, grad in zip(space.owners, scales, along, strict=True)}
         return list(steps.values())
 
 
@@ -194,10 +228,22 @@ def _gradients(outputs: list[Tensor], inputs: list[Tensor], *, weights: list[Ten
     return [torch.zeros_like(each) if grad is None else grad for each, grad in zip(inputs, found, strict=True)]
 
 
+def _checked(loss: object) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"closure must return the loss as a scalar tensor, got {got}")
+    return loss
+
+
+def _norm(grads: list[Tensor]) -> Tensor:
+    """``joint_norm``, which has no derivative."""
+    real = [as_real(grad.resolve_conj()) for grad in grads]
+    norms = [torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in real]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(grads[0].device) for norm in norms]))
+    return norm
+
+
 def _cosine(left: list[Tensor], right: list[Tensor]) -> Tensor:
-    dot, first, second = (
-        torch.stack([(a * b).sum() for a, b in pairs]).sum()
-        for pairs in (zip(left, right, strict=True), zip(left, left, strict=True), zip(right, right, strict=True))
-    )
-    lengths = (first * second).sqrt()
-    return torch.where(lengths == 0, 0.0, dot / lengths)
+    left, right = ([as_real(x.resolve_conj()) for x in tensors] for tensors in (left, right))
+    lengths = joint_norm(left).double() * joint_norm(right)
+    return torch.where(lengths == 0, 0.0, joint_dot(left, right) / lengths)

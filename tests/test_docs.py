@@ -98,6 +98,13 @@ def test_public_pieces_are_in_the_docs(name):
     assert re.search(rf"\b{name}\b", pages), f"{name} is in no page"
 
 
+@pytest.mark.parametrize("package", ["flatmin.train.data", "flatmin.train.models"])
+def test_public_networks_and_data_are_in_the_docs(package):
+    page = (ROOT / "docs" / "training.md").read_text()
+    for name in importlib.import_module(package).__all__:
+        assert re.search(rf"\b{name}\b", page), f"{name} is not in docs/training.md"
+
+
 @pytest.mark.parametrize("name", importlib.import_module("flatmin.sharpness").__all__)
 def test_public_measures_are_in_the_docs(name):
     page = (ROOT / "docs" / "sharpness.md").read_text()

@@ -3,11 +3,18 @@
 import copy
 import io
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn.functional import cross_entropy
 
 import flatmin
@@ -187,6 +194,29 @@ def test_torch_distributed_checkpoint_resumes_bit_for_bit(method):
     run(optimizer, model, range(4, 8))
     run(resumed_optimizer, resumed, range(4, 8))
     assert torch.equal(everything(resumed), everything(model))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+@pytest.mark.parametrize("is_shown", [True, False], ids=["inside", "at rest"])
+def test_files_of_torch_distributed_checkpoint_resume_if_saved_inside_unperturbed(is_shown, tmp_path):
+    """The page says so, and in which order to load them; files that were saved at rest have lost w."""
+    model, optimizer = made(METHODS["MSAM"])
+    model.unused.requires_grad_(False)
+    run(optimizer, model, range(4))
+    with optimizer.unperturbed() if is_shown else nullcontext():
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        checkpoint.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=tmp_path)
+    resumed, resumed_optimizer = made(METHODS["MSAM"], seed=1)
+    resumed.unused.requires_grad_(False)
+    model_state, optimizer_state = get_state_dict(resumed, resumed_optimizer)
+    checkpoint.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=tmp_path)
+    set_model_state_dict(resumed, model_state)
+    with nullcontext() if is_shown else pytest.raises(ValueError, match="has lost w"):
+        set_optimizer_state_dict(resumed, resumed_optimizer, optimizer_state)
+    if is_shown:
+        run(optimizer, model, range(4, 8))
+        run(resumed_optimizer, resumed, range(4, 8))
+        assert torch.equal(everything(resumed), everything(model))
 
 
 @every_method

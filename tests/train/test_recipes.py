@@ -62,6 +62,17 @@ def test_recipe_states_what_it_replicates_expects_and_costs(name: str) -> None:
     assert recipe.config() == recipe.config(recipe.method)
 
 
+def test_what_a_remark_reports_is_about_its_own_data_set():
+    """The number that others report for CIFAR-10 once stood with CIFAR-100 too."""
+    reported = [
+        (float(low), float(high), recipe.expected["sam"].value)
+        for recipe in RECIPES.values()
+        for low, high in re.findall(r"reported to give ([\d.]+) to ([\d.]+) %", recipe.remark)
+    ]
+    assert reported
+    assert all(low < 2 * printed and printed < 2 * high for low, high, printed in reported)
+
+
 def test_every_row_of_the_papers_tables_has_a_recipe() -> None:
     tables = Counter(match[0] for recipe in RECIPES.values() if (match := re.search(r"Table \d+", recipe.replicates)))
     rows = {

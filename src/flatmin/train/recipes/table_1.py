@@ -116,18 +116,18 @@ def cifar_recipe(key: str, augmentation: str, column: int) -> Recipe:
         ),
         radii={"sgd": 0.0, "sam": row.rho[column], "asam": 10 * row.rho[column]},
         expected=results(sam=sam, sgd=sgd),
-        remark=_remark(key, augmentation),
+        remark=_remark(key, augmentation, column),
         costs=training_cost(row.model, 32, row.epochs * NUM_IMAGES, V100),
     )
 
 
-def _remark(key: str, augmentation: str) -> str:
+def _remark(key: str, augmentation: str, column: int) -> str:
     sentences = ["The number for SGD is the better of training once and twice as long."]
     if key in ("-shake-shake", "-pyramidnet", "-shakedrop"):
         sentences.append("The paper prints no number of epochs; the README of the release does for two of the three.")
     if augmentation == "aa":
         sentences.append("Whether these rows cut out as well is not stated.")
-    if (key, augmentation) == ("", "basic"):
+    if (key, augmentation, SETS[column]) == ("", "basic", "cifar10"):
         sentences.append("One perturbation for the whole batch (--micro-batch None) is reported to give 3.0 to 3.3 %.")
     return " ".join(sentences)
 

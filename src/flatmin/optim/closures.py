@@ -16,8 +16,9 @@ def as_closures(closure: Closure | Sequence[Closure]) -> list[Closure]:
         TypeError: It is neither a function nor a list of functions; the loss itself, for instance.
         ValueError: There is none.
     """
-    is_list = isinstance(closure, Iterable) and not isinstance(closure, Tensor)
-    closures: list[Any] = list(closure) if is_list and not callable(closure) else [closure]
+    given: Any = closure  # Tensors can be iterated, too
+    is_list = not callable(given) and isinstance(given, Iterable) and not isinstance(given, Tensor)
+    closures = list(given) if is_list else [given]
     if not closures:
         raise ValueError("closure must not be an empty list")
     if not all(map(callable, closures)):

@@ -98,10 +98,11 @@ class OnePassSide:
 
     def begin_step(self) -> None:
         """Before the graph reads anything: know w, unless it is known from the step before."""
+        self.optimizer._settle()
         rest = self.optimizer._rest
         self._has_moved = rest.has_moved
         if not rest.is_kept_in(self._saved) or self._versions != [param._version for param in self._params]:
-            known = rest.true_weights() if rest.is_as_left() else {}
+            known = rest.true_weights()
             torch._foreach_copy_(self.true, [known.get(param, param) for param in self._params])
 
     def end_step(self, loss: Tensor, last_loss: Tensor, is_taken: bool | Tensor) -> None:

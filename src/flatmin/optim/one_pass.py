@@ -58,9 +58,9 @@ class OnePass(Wrapper):
             ...
 
     One copy of the perturbed parameters, w, is kept. Weights that are written from outside while they rest, by loading
-    a checkpoint for instance, count as new true weights. ``state_dict()`` holds w where it is taken at rest, so that a
-    run saved anywhere goes on with the same bits, whether the model's weights or ours are loaded first; taken inside
-    ``unperturbed()`` it holds no copy.
+    a checkpoint for instance, count as new true weights; ``zero_grad()`` and a step with a closure perturb them before
+    their first gradient. ``state_dict()`` holds w where it is taken at rest, and no copy inside ``unperturbed()``. A
+    run that was saved anywhere goes on with the same bits, whether the model's weights or ours are loaded first.
 
     Args:
         base: The optimizer that takes the step; any that needs no closure of its own.
@@ -183,6 +183,7 @@ class OnePass(Wrapper):
         """Clear the gradients, as ``torch.optim.Optimizer.zero_grad``."""
         self.base.zero_grad(set_to_none=set_to_none)
         mark_used(self._params())
+        self._settle()
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
@@ -200,10 +201,10 @@ class OnePass(Wrapper):
                 del self.state[owner][_TRUE_WEIGHTS]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this class or of the base optimizer; load the model's weights before.
+        """Load a state dict of this class or of the base optimizer, before or after the model's weights.
 
-        One that was saved at rest brings w, and the weights at rest may be loaded afterwards too. Otherwise the model's
-        weights are w, and are perturbed now.
+        One that was saved at rest brings w, otherwise the model's weights are w, and are perturbed now; those that are
+        loaded later are w then, unless they are those that rest here now.
 
         Raises:
             ValueError: It was saved at rest, and whatever carried it has lost w.
@@ -222,8 +223,7 @@ class OnePass(Wrapper):
             )
         self._mark_perturbed(False)
         self._rest_from(true)
-        if true:
-            self._rest.await_model()
+        self._rest.await_model()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_rest": Rest(), "true_weights": self._rest.true_weights()}
@@ -246,6 +246,8 @@ class OnePass(Wrapper):
 
     def _loss_of(self, closure: Closure | Sequence[Closure], reduction: Reduction) -> Tensor:
         enabled = as_closures(closure)
+        if not has_fresh_gradient(self._params()):
+            self._settle()
         if len(enabled) > 1:
             enabled[0] = refusing_leftovers(enabled[0], self._params())
         for param in self._params():
@@ -289,6 +291,12 @@ class OnePass(Wrapper):
         for param, value in true.items():
             param.copy_(value)
         if not self._is_shown:
+            self._perturb()
+
+    def _settle(self) -> None:
+        """Perturb weights that somebody has written where others rested; no gradient of theirs is there yet."""
+        if self._rest.has_moved and not self._rest.is_as_left():
+            self._rest.go_home()
             self._perturb()
 
     def _mark_perturbed(self, is_perturbed: bool) -> None:

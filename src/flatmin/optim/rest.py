@@ -48,7 +48,7 @@ class Rest:
         self._note_versions()
 
     def await_model(self) -> None:
-        """The weights that rest here now may be written once more: torch.distributed.checkpoint has this order."""
+        """The weights that rest here now may be written once more: torch.distributed.checkpoint does so."""
         self._loaded = [param.clone() for param in self._visit.params]
 
     @torch.no_grad()

@@ -212,7 +212,9 @@ TABLES: dict[str, Callable[[Mapping[str, Result]], Lines]] = {
     "optimizer-step": compared(
         OPTIMIZERS, {**SETS, "copies_during": "copies in the second pass", "copies_after": "after"}
     ),
-    "compiled-step": compared(STEPS, {"threads": "threads", "seconds_to_compile": "s to compile"}),
+    "compiled-step": compared(
+        STEPS, {"threads": "threads", "repeats": "steps a turn", "seconds_to_compile": "s to compile"}
+    ),
     "micro-batches": compared(
         {"gradient": "one gradient", "loop": "loop", "compiled": "side by side, compiled"},
         {"threads": "threads", "micro_batches": "micro-batches"},

@@ -23,4 +23,12 @@ def as_closures(closure: Closure | Sequence[Closure]) -> list[Closure]:
         raise ValueError("closure must not be an empty list")
     if not all(map(callable, closures)):
         raise TypeError(f"closure must be a function that returns the loss, or a list of such, got {closure!r}")
-    return [torch.enable_grad()(each) for each in closures]
+    return [_with_gradients(each) for each in closures]
+
+
+def _with_gradients(closure: Closure) -> Closure:
+    def enabled() -> Tensor:
+        with torch.enable_grad():
+            return closure()
+
+    return enabled

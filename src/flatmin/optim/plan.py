@@ -1,6 +1,7 @@
 """What is known of a step's passes before they run."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from torch.optim import Optimizer
@@ -73,8 +74,13 @@ class Plan:
 
     def asked_in_advance(self) -> bool | None:
         """Whether the step is perturbed; ``None`` where that depends on its gradient."""
+        return None if self._when is None else self._when(self.num_steps)
+
+    @cached_property
+    def _when(self) -> When | None:
+        """The rule that goes by the number of the step, if it does; kept, since asking what it is takes a while."""
         when = self.pieces.when
-        return None if isinstance(when, GradientWhen) else when(self.num_steps)
+        return None if isinstance(when, GradientWhen) else when
 
     @property
     def is_plain(self) -> bool:

@@ -68,6 +68,15 @@ def each_norm(tensors: Sequence[Tensor], p: float = 2.0) -> list[Tensor]:
     return [norm for norm in norms if norm is not None]
 
 
+def are_finite(tensors: Sequence[Tensor], arrays: kernel.Arrays | None = None) -> Tensor:
+    """Whether every entry is finite, 0-dim; the arguments are those of ``joint_norm``."""
+    if arrays is None and tensors[0].is_cpu and kernel.has_compiled_kernel():
+        arrays = kernel.describe(tensors)
+    if arrays is not None and arrays.all_fit:
+        return kernel.sum_of_squares(arrays).isfinite()  # in float64 no square overflows
+    return joint_norm(tensors, math.inf).isfinite()
+
+
 def joint_dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """The dot product ``sum_i x_i y_i`` over all entries of two lists of equally shaped tensors.
 

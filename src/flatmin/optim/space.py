@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from flatmin.optim import kernel
 from flatmin.optim.memory import Memory
-from flatmin.optim.norms import each_norm, joint_dot, joint_norm
+from flatmin.optim.norms import are_finite, each_norm, joint_dot, joint_norm
 from flatmin.optim.sharding import Shards, is_sharded, local, placed_like
 
 
@@ -111,9 +111,9 @@ class Space:
 
     def has_finite_grads(self) -> Tensor:
         """Whether every entry of the gradients is finite, in all shards; 0-dim."""
-        if self.shards is None and self.arrays is not None:
-            return kernel.sum_of_squares(self.arrays.of_partners()).isfinite()  # in float64 no square overflows
-        return self.norm(self.grads, math.inf).isfinite()
+        if self.shards is not None:
+            return self.norm(self.grads, math.inf).isfinite()
+        return are_finite(self.grads, None if self.arrays is None else self.arrays.of_partners())
 
     def dot(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         """The dot product over all entries, see ``joint_dot``."""

@@ -14,7 +14,7 @@ from flatmin.optim.closures import Closure, as_closures
 from flatmin.optim.diagnostics import Diagnostics
 from flatmin.optim.freshness import mark_used
 from flatmin.optim.leftover import refusing_leftovers
-from flatmin.optim.norms import joint_norm
+from flatmin.optim.norms import are_finite
 from flatmin.optim.passes import Replay
 from flatmin.optim.perturbation import Saved, perturb_
 from flatmin.optim.seeding import seed_of
@@ -199,7 +199,7 @@ class BSAM(Optimizer):
 
     def _update(self, total: dict[Tensor, tuple[Tensor, Tensor]], number: int) -> None:
         """Momentum, weights and precision; nothing where a gradient is not finite."""
-        is_finite = bool(joint_norm([x for pair in total.values() for x in pair], math.inf).isfinite())
+        is_finite = bool(are_finite([x for pair in total.values() for x in pair]))
         self.diagnostics.count(any(_radius(group) for group in self.param_groups), is_finite)
         if not is_finite:
             return
@@ -239,7 +239,7 @@ class BSAM(Optimizer):
     def _perturb_by(self, params: list[Tensor], grads: list[Tensor]) -> Saved | None:
         """To w + rho g / s; nowhere where that is not finite, since the update will be skipped."""
         steps = torch._foreach_div(grads, self._precisions(params))
-        if not joint_norm(steps, math.inf).isfinite():
+        if not are_finite(steps):
             return None
         radii = {param: _radius(group) for group in self.param_groups for param in group["params"]}
         return perturb_(params, steps, [step.new_tensor(radii[p]) for p, step in zip(params, steps, strict=True)])

@@ -156,23 +156,24 @@ def test_shards_over_four_processes_too(four_ranks, name):
     four_ranks.run(_shards, name)
 
 
-def _bsam():
+def _bsam(num_micro_batches):
     """The noise is the same on all replicas, and the gradients of both passes are their mean."""
-    model, alone = replicated(network(), broadcast_buffers=False), network()
+    model, alone = replicated(network(), broadcast_buffers=False, gradient_as_bucket_view=True), network()
     optimizer, reference = (
         flatmin.BSAM(each.parameters(), lr=0.1, num_data=100, model=each) for each in (model, alone)
     )
     for step in range(4):
-        optimizer.step(closure_on(optimizer, model, step))
-        parts = [batch(step, rank) for rank in range(distributed.get_world_size())]
+        numbers = [num_micro_batches * step + index for index in range(num_micro_batches)]
+        optimizer.step([closure_on(optimizer, model, number) for number in numbers])
 
-        def mean(parts=parts):
+        def mean(number):
+            parts = [batch(number, rank) for rank in range(distributed.get_world_size())]
+            reference.zero_grad()
             loss = sum(cross_entropy(alone(inputs), labels) for inputs, labels in parts) / len(parts)
             loss.backward()
             return loss
 
-        reference.zero_grad()
-        reference.step(mean)
+        reference.step([partial(mean, number) for number in numbers])
         assert is_same_everywhere(parameters_of(model))
     assert_close(parameters_of(model), parameters_of(alone), rtol=1e-10, atol=1e-11)
     for overflowing in (0, 1):
@@ -193,8 +194,9 @@ def _bsam():
         flatmin.BSAM(fsdp().parameters(), num_data=100)
 
 
-def test_bsam_shares_one_perturbation_and_refuses_shards(two_ranks):
-    two_ranks.run(_bsam)
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+def test_bsam_shares_one_perturbation_and_refuses_shards(two_ranks, num_micro_batches):
+    two_ranks.run(_bsam, num_micro_batches)
 
 
 def test_every_named_method_is_tested_here():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flatmin.optim.accumulation import reduced
+from flatmin.optim.accumulation import as_kept, reduced
 from flatmin.optim.closures import Closure, as_closures
 from flatmin.optim.diagnostics import Diagnostics
 from flatmin.optim.freshness import mark_used
@@ -143,8 +143,11 @@ class BSAM(Optimizer):
                 loss, found = self._both_passes(each, index)
                 losses.append(loss)
                 for param, (rise, g_p) in found.items():
-                    old = total.get(param)
-                    total[param] = (rise, g_p) if old is None else (old[0] + rise, old[1] + g_p)
+                    if param in total:
+                        total[param][0].add_(rise)
+                        total[param][1].add_(g_p)
+                    else:
+                        total[param] = rise, as_kept(g_p) if len(closures) > 1 else g_p
             self._update(total, len(closures))
         finally:
             mark_used(self._params())
@@ -183,8 +186,10 @@ class BSAM(Optimizer):
             saved.restore_()
             saved = None
             params, grads = self._gradients()
-            rises = torch._foreach_mul(torch._foreach_sqrt(self._precisions(params)), torch._foreach_abs(grads))
-            saved = self._perturb_by(params, grads)
+            precisions = self._precisions(params)
+            rises = torch._foreach_mul(torch._foreach_sqrt(precisions), grads)
+            torch._foreach_abs_(rises)
+            saved = self._perturb_by(params, torch._foreach_div(grads, precisions))
             if self._replay is not None:
                 self._replay.rewind()
             self._clear_gradients()
@@ -208,22 +213,24 @@ class BSAM(Optimizer):
             params = [param for param in group["params"] if param in total]
             if params:
                 rises, grads = zip(*(total[param] for param in params), strict=True)
-                self._update_group(group, params, torch._foreach_div(rises, number), torch._foreach_div(grads, number))
+                if number > 1:
+                    torch._foreach_div_(rises, number)
+                    torch._foreach_div_(grads, number)
+                self._update_group(group, params, rises, grads)
 
     def _update_group(
         self, group: dict[str, Any], params: list[Tensor], rises: tuple[Tensor, ...], grads: tuple[Tensor, ...]
     ) -> None:
+        """The last three lines of the box; the rises are spent."""
         (beta1, beta2), decay = group["betas"], group["weight_decay"]
-        precisions = self._precisions(params)
-        old = [self.state[param].get("momentum") for param in params]
-        old = [torch.zeros_like(param) if each is None else each for param, each in zip(params, old, strict=True)]
-        followed = torch._foreach_add(grads, params, alpha=decay)
-        momenta = torch._foreach_add(torch._foreach_mul(old, beta1), followed, alpha=1.0 - beta1)
+        for param, precision in zip(params, self._precisions(params), strict=True):
+            if not self.state[param]:
+                self.state[param].update(momentum=torch.zeros_like(param), precision=precision)
+        momenta, precisions = ([self.state[param][name] for param in params] for name in ("momentum", "precision"))
+        torch._foreach_lerp_(momenta, torch._foreach_add(grads, params, alpha=decay), 1.0 - beta1)
         torch._foreach_addcdiv_(params, momenta, precisions, value=-group["lr"])
-        added = torch._foreach_add(rises, group["damping"] + decay)
-        new = torch._foreach_add(torch._foreach_mul(precisions, beta2), added, alpha=1.0 - beta2)
-        for param, momentum, precision in zip(params, momenta, new, strict=True):
-            self.state[param].update(momentum=momentum, precision=precision)
+        torch._foreach_add_(rises, group["damping"] + decay)
+        torch._foreach_lerp_(precisions, rises, 1.0 - beta2)
 
     def _perturb_by_noise(self, generators: dict[torch.device, torch.Generator | None]) -> Saved:
         params = [param for param in self._params() if param.requires_grad]
@@ -233,19 +240,21 @@ class BSAM(Optimizer):
             torch.randn(param.shape, generator=generators[param.device], dtype=param.dtype, device=param.device)
             for param in params
         ]
-        deviations = torch._foreach_rsqrt(torch._foreach_mul(self._precisions(params), self.num_data))
-        return perturb_(params, torch._foreach_mul(noises, deviations), [param.new_ones(()) for param in params])
+        torch._foreach_div_(noises, torch._foreach_sqrt(self._precisions(params)))
+        return perturb_(params, noises, _scales(noises, [self.num_data**-0.5] * len(params)))
 
-    def _perturb_by(self, params: list[Tensor], grads: list[Tensor]) -> Saved | None:
+    def _perturb_by(self, params: list[Tensor], steps: Sequence[Tensor]) -> Saved | None:
         """To w + rho g / s; nowhere where that is not finite, since the update will be skipped."""
-        steps = torch._foreach_div(grads, self._precisions(params))
         if not are_finite(steps):
             return None
         radii = {param: _radius(group) for group in self.param_groups for param in group["params"]}
-        return perturb_(params, steps, [step.new_tensor(radii[p]) for p, step in zip(params, steps, strict=True)])
+        return perturb_(params, steps, _scales(steps, [radii[param] for param in params]))
 
     def _precisions(self, params: list[Tensor]) -> list[Tensor]:
         """The scale s of each parameter; the initial one before its first step."""
+        found = [self.state[param]["precision"] for param in params if self.state.get(param)]
+        if len(found) == len(params):
+            return found
         initial = {param: group["initial_precision"] for group in self.param_groups for param in group["params"]}
         known = [self.state[param].get("precision") if param in self.state else None for param in params]
         return [torch.full_like(p, initial[p]) if s is None else s for p, s in zip(params, known, strict=True)]
@@ -270,3 +279,12 @@ class BSAM(Optimizer):
 def _radius(group: dict[str, Any]) -> float:
     rho: float = group["rho"]
     return rho if group.get("perturb", True) else 0.0
+
+
+def _scales(tensors: Sequence[Tensor], numbers: Sequence[float]) -> list[Tensor]:
+    """The numbers as 0-dim tensors, each beside its tensor; those that agree are one and the same."""
+    made: dict[tuple[float, torch.device, torch.dtype], Tensor] = {}
+    for tensor, number in zip(tensors, numbers, strict=True):
+        if (number, tensor.device, tensor.dtype) not in made:
+            made[number, tensor.device, tensor.dtype] = tensor.new_tensor(number)
+    return [made[number, tensor.device, tensor.dtype] for tensor, number in zip(tensors, numbers, strict=True)]

@@ -104,7 +104,7 @@ class Ball:
             tensors, unit = _dual(space, scaled, self.p, length)
         if scaling is not None:
             tensors = [u * t for u, t in zip(tensors, scaling, strict=True)]
-        is_finite = torch.isfinite(length)
+        is_finite = length < math.inf  # which NaN is not
         radii = [self.radius(length, unit, group) for group in space.groups]
         moves = is_finite & (length > 0)
         return Perturbation(tensors, spread(space, [torch.where(moves, radius, 0.0) for radius in radii]), is_finite)

@@ -97,7 +97,7 @@ def take_base_step(optimizer: Wrapper, passes: TwoPass, scaler: GradScaler | Non
         looks = skips_nonfinite or scale is not None
         is_taken = guarded_step(optimizer.base, space, found_inf=optimizer._found_inf, looks=looks)
         progress.corrections.follow_(optimizer.base.param_groups, is_taken, scale)
-        passes.memory.commit(is_taken, set(space.owners))
+        passes.memory.commit(is_taken, space.owners)
     finally:
         has_moved, notes = progress.has_moved, progress.notes.maps[0]
         passes.forget()

@@ -55,7 +55,7 @@ class Corrections:
             is_taken: Whether it has; 0-dim where only the device knows.
             scale: The loss scale, which is still in the corrections where the passes did not know it.
         """
-        if is_taken is False:
+        if is_taken is False or not self._found:
             return
         for group in groups:
             lr = -group["lr"] if group.get("maximize", False) else group["lr"]

@@ -131,15 +131,12 @@ def joined(parts: Sequence[Arrays]) -> Arrays:
     return whole
 
 
-def sum_of_squares(arrays: Arrays) -> Tensor:
-    """The sum of the squares of all entries.
-
-    Returns:
-        0-dim float64 tensor, where no square overflows; the same for every number of threads.
-    """
+def sum_of_squares(arrays: Arrays) -> float:
+    """The sum of the squares of all entries, in float64, where none overflows; the same for every number of threads."""
     sums = array("d", bytes(8 * (arrays.offsets[-1] // _BLOCK + 1)))
     job = arrays.job(tensors=arrays.addresses, sums=sums)
-    return torch.tensor(_library().run.flatmin_sum_of_squares(ctypes.byref(job)), dtype=torch.float64)
+    total: float = _library().run.flatmin_sum_of_squares(ctypes.byref(job))
+    return total
 
 
 def save_and_move_(

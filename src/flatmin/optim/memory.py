@@ -47,16 +47,17 @@ class Memory:
         """Put other values in the place of those found, in the same order."""
         self._found = {key: (value, 1) for key, value in zip(self._found, values, strict=True)}
 
-    def commit(self, is_taken: bool | Tensor, owners: set[Tensor]) -> None:
+    def commit(self, is_taken: bool | Tensor, owners: Sequence[Tensor]) -> None:
         """The step is over: make what it found the state.
 
         Args:
             is_taken: Whether the base took it; a 0-dim tensor where only the device knows.
             owners: The parameters that it moved.
         """
-        if self._optimizer is not None and is_taken is not False:
+        if self._found and self._optimizer is not None and is_taken is not False:
+            moved = set(owners)
             for (owner, name), (total, number) in self._found.items():
-                if owner not in owners:
+                if owner not in moved:
                     continue
                 value = total / number if number > 1 else total
                 if isinstance(is_taken, Tensor):

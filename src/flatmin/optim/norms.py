@@ -34,9 +34,9 @@ def joint_norm(tensors: Sequence[Tensor], p: float = 2.0, arrays: kernel.Arrays 
     if p == 2.0 and kernel.has_compiled_kernel():
         arrays = arrays or kernel.describe(tensors)
         if any(arrays.addresses):
-            norm = kernel.sum_of_squares(arrays).sqrt()
+            norm = math.sqrt(kernel.sum_of_squares(arrays))
             tiny = torch.finfo(wide).tiny  # 1 / norm stays finite
-            pieces.append(torch.where(norm < tiny, 0.0, norm).to(wide).view(1))
+            pieces.append(torch.tensor([0.0 if norm < tiny else norm], dtype=wide))
             if arrays.all_fit:
                 return pieces[0].view(())
         tensors = [x for x, at in zip(tensors, arrays.addresses, strict=True) if not at]
@@ -73,7 +73,7 @@ def are_finite(tensors: Sequence[Tensor], arrays: kernel.Arrays | None = None) -
     if arrays is None and tensors[0].is_cpu and kernel.has_compiled_kernel():
         arrays = kernel.describe(tensors)
     if arrays is not None and arrays.all_fit:
-        return kernel.sum_of_squares(arrays).isfinite()  # in float64 no square overflows
+        return torch.tensor(math.isfinite(kernel.sum_of_squares(arrays)))  # in float64 no square overflows
     return joint_norm(tensors, math.inf).isfinite()
 
 

@@ -267,7 +267,7 @@ class OnePass(Wrapper):
             if isinstance(self.direction, Observer):
                 self.direction.observe(space)
             is_taken = guarded_step(self.base, space, found_inf=self._found_inf, looks=looks)
-            self._memory.commit(is_taken, set(space.owners))
+            self._memory.commit(is_taken, space.owners)
             self.diagnostics.count(has_moved, is_taken)
             if is_taken is not False:
                 for group in self.param_groups:

@@ -103,7 +103,7 @@ class Scene:
         }
         for owner, correction in zip(owners, corrections, strict=bool(corrections)):
             owner.sub_(signed_lr[owner] * correction)
-        self.memory.commit(True, set(owners))
+        self.memory.commit(True, owners)
 
     def undo_unless(self, is_taken: Tensor) -> None:
         """Put weights and state back where the step is not taken."""

@@ -7,7 +7,8 @@ from torch.optim import Optimizer
 from flatmin.optim.balls import Ball
 from flatmin.optim.directions import BaseMomentum
 from flatmin.optim.metrics import Adaptive, Scaled
-from flatmin.optim.one_pass import OnePass, OnePassOptions
+from flatmin.optim.one_pass import OnePass
+from flatmin.optim.options import OnePassOptions
 
 
 class MSAM(OnePass):

@@ -25,11 +25,11 @@ from rich.console import Console
 
 from flatmin.train.checkpoint import atomic_write
 from flatmin.train.cli import run_command
-from flatmin.train.comparison import METHOD_NAMES
 from flatmin.train.config import Accelerator, Method
 from flatmin.train.environment import software_versions
 from flatmin.train.loop import train
 from flatmin.train.measured.table import rows_of
+from flatmin.train.methods import METHOD_NAMES
 from flatmin.train.recipes import recipe_config
 from flatmin.train.summary import Summary
 

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from flatmin.optim import Ball, SharpnessAware
+from flatmin.optim import Ball, SharpnessAware, Space
 from flatmin.optim.closure_passes import MicroBatches
 from flatmin.optim.closures import Closure
 from flatmin.optim.freshness import has_fresh_gradient
-from flatmin.optim.space import Space
 
 __all__ = ["SAM"]
 

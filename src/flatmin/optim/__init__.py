@@ -42,8 +42,8 @@ from flatmin.optim.methods.wsam import WSAM
 from flatmin.optim.methods.zsharp import ZSharp
 from flatmin.optim.metrics import Adaptive, Fisher, Identity, Metric
 from flatmin.optim.norms import joint_dot, joint_norm
-from flatmin.optim.one_pass import OnePass, OnePassOptions
-from flatmin.optim.options import EngineOptions
+from flatmin.optim.one_pass import OnePass
+from flatmin.optim.options import EngineOptions, OnePassOptions
 from flatmin.optim.passes import averaged_buffers
 from flatmin.optim.radii import FirstOrderGain, Fixed, Radius, Unified
 from flatmin.optim.radius_search import suggest_rho

@@ -29,36 +29,44 @@ def run_passes(
     Returns:
         The loss at w; the mean or sum over the micro-batches.
     """
-    progress = passes.progress
     is_several = len(closures) > 1
     in_turn = is_several and (micro.shared_perturbation or passes.plan.is_plain)
     if is_several and not in_turn:
         passes.plan.check_micro_batches()
     passes.diagnostics.begin_step()
-    losses, last_losses = [], []
     passes.plan.before_first_pass()  # here too, for the buffers from which every micro-batch starts
     try:
-        model = passes.model if is_several and micro.average_buffers else None
-        with averaged_buffers(model, len(closures)) as next_micro_batch:
-            if in_turn:
-                closures = [one_after_another(closures, passes.params, micro.reduction, next_micro_batch)]
-            for closure in closures:
-                progress.is_in_turn = in_turn
-                progress.loss_scale = loss_scale_of(scaler, passes.device)
-                loss, last_loss = both_passes(passes, closure, averages_at_end=is_several and not in_turn)
-                losses.append(loss)
-                last_losses.append(last_loss)
-                if len(closures) > 1:
-                    passes.set_aside()
-                    next_micro_batch()
+        pairs = _losses_of_each(passes, closures, micro, scaler, in_turn=in_turn)
         passes.gather(micro.reduction)
     except BaseException:
         passes.give_up()
         raise
-    loss, last_loss = reduced(losses, micro.reduction), reduced(last_losses, micro.reduction)
+    losses, last_losses = zip(*pairs, strict=True)
+    loss: Tensor | None = reduced(losses, micro.reduction)
+    last_loss = reduced(last_losses, micro.reduction)
     if isinstance(loss, Tensor) and isinstance(last_loss, Tensor):
-        passes.diagnostics.measure_losses(loss.detach(), last_loss.detach() if progress.is_perturbed else None)
+        passes.diagnostics.measure_losses(loss.detach(), last_loss.detach() if passes.progress.is_perturbed else None)
     return loss
+
+
+def _losses_of_each(
+    passes: TwoPass, closures: Sequence[Closure], micro: MicroBatches, scaler: GradScaler | None, *, in_turn: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """Both passes of each micro-batch, whose gradient is put aside where there are several; of all of them in turn."""
+    is_several = len(closures) > 1
+    model = passes.model if is_several and micro.average_buffers else None
+    pairs = []
+    with averaged_buffers(model, len(closures)) as next_micro_batch:
+        if in_turn:
+            closures = [one_after_another(closures, passes.params, micro.reduction, next_micro_batch)]
+        for closure in closures:
+            passes.progress.is_in_turn = in_turn
+            passes.progress.loss_scale = loss_scale_of(scaler, passes.device)
+            pairs.append(both_passes(passes, closure, averages_at_end=is_several and not in_turn))
+            if len(closures) > 1:
+                passes.set_aside()
+                next_micro_batch()
+    return pairs
 
 
 def both_passes(passes: TwoPass, closure: Closure, *, averages_at_end: bool) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ class Passes(NamedTuple):
         last_loss: At the last point reached.
         followed: The gradient to follow of each parameter that has one.
         corrections: What is followed after the base optimizer's step, likewise; empty for nothing.
-        remembered: What pieces keep, in the order of ``Memory.found``.
+        remembered: What pieces keep, in the order of ``Memory.totals``.
         measured: Norms and cosine by their names in ``Diagnostics``.
         buffers: The changed buffers after the first pass.
     """

@@ -1,6 +1,8 @@
 """A ball for each layer: every parameter tensor moves by a length of its own."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,11 +38,11 @@ class LayerBall:
         return Identity()
 
     @property
-    def defaults(self) -> dict[str, float]:
+    def defaults(self) -> Mapping[str, Any]:
         """None beside rho."""
         return {}
 
-    def check(self, options: dict[str, float]) -> None:
+    def check(self, options: Mapping[str, Any]) -> None:
         """Nothing to check."""
 
     def check_ascent_steps(self, ascent_steps: int) -> None:

@@ -1,8 +1,7 @@
 """Methods that need no clean gradient: the weights rest at w + eps between steps, and a step costs one pass."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, TypedDict, overload
+from collections.abc import Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,30 +17,15 @@ from flatmin.optim.directions import BaseMomentum, Direction, Observer
 from flatmin.optim.freshness import has_fresh_gradient, is_fresh, mark_used
 from flatmin.optim.layers import LayerBall
 from flatmin.optim.leftover import refusing_leftovers
-from flatmin.optim.memory import Memory
-from flatmin.optim.rest import Rest
+from flatmin.optim.resting_weights import RestingWeights
 from flatmin.optim.rounding import Rounding, check_rounding
-from flatmin.optim.schedules import RhoSchedule, set_radii
-from flatmin.optim.seeding import seed_of
-from flatmin.optim.space import Space, active_space, every_space
+from flatmin.optim.schedules import RhoSchedule
+from flatmin.optim.space import Space, active_space
 from flatmin.optim.when import Always, GradientWhen, When
-from flatmin.optim.where import masked
-from flatmin.optim.wrapper import Wrapper, names_of
-
-_TRUE_WEIGHTS = "true_weights"
+from flatmin.optim.wrapper import names_of
 
 
-class OnePassOptions(TypedDict, total=False):
-    """What every one-pass method takes beside its own hyperparameters; see ``OnePass``."""
-
-    when: When
-    model: nn.Module | None
-    skip_nonfinite: bool
-    rho_schedule: RhoSchedule | None
-    rounding: Rounding
-
-
-class OnePass(Wrapper):
+class OnePass(RestingWeights):
     """Sharpness-aware minimisation with a direction that is known before the gradient, at the cost of plain training.
 
     Between steps the weights rest at w + eps. A step is::
@@ -103,12 +87,9 @@ class OnePass(Wrapper):
         self.rho_schedule = rho_schedule
         self.diagnostics = Diagnostics()
         self._check_pieces()
-        super().__init__(base, {"rho": rho, "is_perturbed": False, **self.ball.defaults})
+        super().__init__(base, {"rho": rho, **self.ball.defaults})
         self._model = model if self.ball.metric.needs_names else None
         self._names = self._names_for_metric()
-        self._memory = Memory(base)
-        self._rest = Rest()
-        self._is_shown = False
 
     _step_supports_amp_scaling = True  # a gradient scaler calls step() also after an overflow, which is counted
 
@@ -165,74 +146,6 @@ class OnePass(Wrapper):
                 raise RuntimeError("no parameter has a new gradient: backward() must run before each step()")
             return loss
 
-    @contextmanager
-    def unperturbed(self) -> Iterator[None]:
-        """Show the true weights w inside the block; afterwards they rest at w + eps again, with the same bits."""
-        if self._is_shown:
-            yield
-            return
-        self._rest.go_home()
-        self._is_shown = True
-        try:
-            yield
-        finally:
-            self._is_shown = False
-            self._perturb()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, as ``torch.optim.Optimizer.zero_grad``."""
-        self.base.zero_grad(set_to_none=set_to_none)
-        mark_used(self._params())
-        self._settle()
-
-    @torch.no_grad()
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dict, with ``rho`` in its groups; also w where the weights rest at w + eps."""
-        true = self._rest.true_weights()
-        for owner, value in true.items():
-            self.state[owner][_TRUE_WEIGHTS] = value
-        self._mark_perturbed(bool(true))
-        try:
-            packed = super().state_dict()
-            return {**packed, "state": {key: dict(entry) for key, entry in packed["state"].items()}}
-        finally:
-            self._mark_perturbed(False)
-            for owner in true:
-                del self.state[owner][_TRUE_WEIGHTS]
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this class or of the base optimizer, before or after the model's weights.
-
-        One that was saved at rest brings w, otherwise the model's weights are w, and are perturbed now; those that are
-        loaded later are w then, unless they are those that rest here now.
-
-        Raises:
-            ValueError: It was saved at rest, and whatever carried it has lost w.
-        """
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        params = dict(zip(indices, self._params(), strict=False))
-        entries = state_dict["state"].items()
-        true = {params[key]: entry[_TRUE_WEIGHTS] for key, entry in entries if _TRUE_WEIGHTS in entry}
-        others = {key: {name: x for name, x in entry.items() if name != _TRUE_WEIGHTS} for key, entry in entries}
-        self._rest.go_home()
-        super().load_state_dict({**state_dict, "state": {key: entry for key, entry in others.items() if entry}})
-        if self.param_groups[0]["is_perturbed"] and not true:
-            raise ValueError(
-                "state_dict was saved while the weights rested at w + eps and has lost w: save model and optimizer "
-                "inside `with optimizer.unperturbed():`"
-            )
-        self._mark_perturbed(False)
-        self._rest_from(true)
-        self._rest.await_model()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_rest": Rest(), "true_weights": self._rest.true_weights()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        true = state.pop("true_weights", {})
-        super().__setstate__(state)
-        self._rest_from(true)
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer, with its own ``rho`` or the one given to the constructor."""
         super().add_param_group(param_group)
@@ -245,17 +158,18 @@ class OnePass(Wrapper):
         self.ball.check(options)
 
     def _loss_of(self, closure: Closure | Sequence[Closure], reduction: Reduction) -> Tensor:
-        enabled = as_closures(closure)
+        closures = as_closures(closure)
+        is_several = len(closures) > 1
         if not has_fresh_gradient(self._params()):
             self._settle()
-        if len(enabled) > 1:
-            enabled[0] = refusing_leftovers(enabled[0], self._params())
+        if is_several:
+            closures[0] = refusing_leftovers(closures[0], self._params())
         for param in self._params():
-            if len(enabled) > 1 or not is_fresh(param.grad):
+            if is_several or not is_fresh(param.grad):
                 param.grad = None
-        if len(enabled) == 1:
-            return enabled[0]()
-        return one_after_another(enabled, self._params, reduction, lambda: None)()
+        if not is_several:
+            return closures[0]()
+        return one_after_another(closures, self._params, reduction, lambda: None)()
 
     def _take_step(self, scaler: GradScaler | None) -> None:
         """Home, the base optimizer's update unless the gradient is not finite, and out again."""
@@ -284,35 +198,6 @@ class OnePass(Wrapper):
         elif scale is not None:
             unscale_(space, scale)
         return scale is not None
-
-    @torch.no_grad()
-    def _rest_from(self, true: dict[Tensor, Tensor]) -> None:
-        """Perturb the given true weights, or those that the parameters hold."""
-        for param, value in true.items():
-            param.copy_(value)
-        if not self._is_shown:
-            self._perturb()
-
-    def _settle(self) -> None:
-        """Perturb weights that somebody has written where others rested; no gradient of theirs is there yet."""
-        if self._rest.has_moved and not self._rest.is_as_left():
-            self._rest.go_home()
-            self._perturb()
-
-    def _mark_perturbed(self, is_perturbed: bool) -> None:
-        for group in self.param_groups:
-            group["is_perturbed"] = is_perturbed
-
-    @torch.no_grad()
-    def _perturb(self) -> None:
-        """From w to where the weights rest."""
-        number = self.param_groups[0]["num_steps"]
-        set_radii(self.rho_schedule, self.param_groups)
-        space = every_space(self.base, self._names, self._memory).perturbed()
-        if number == 0 or not self.when(number) or not space.groups:
-            return
-        seed = seed_of(number) if self.rounding == "stochastic" else None
-        self._rest.ascend(space, masked(space, self.direction(space)), self.ball, seed)
 
     def _names_for_metric(self) -> dict[Tensor, str]:
         return names_of(self._model, self.param_groups) if self.ball.metric.needs_names else {}

@@ -28,3 +28,13 @@ class EngineOptions(FixedWhenOptions, total=False):
     """What every other method takes beside its own hyperparameters; see ``SharpnessAware``."""
 
     when: When | GradientWhen
+
+
+class OnePassOptions(TypedDict, total=False):
+    """What every one-pass method takes beside its own hyperparameters; see ``OnePass``."""
+
+    when: When
+    model: nn.Module | None
+    skip_nonfinite: bool
+    rho_schedule: RhoSchedule | None
+    rounding: Rounding

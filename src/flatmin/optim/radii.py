@@ -1,6 +1,7 @@
 """Radii: how far the perturbation goes, given the length of the gradient."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -11,22 +12,17 @@ from flatmin.optim.space import ActiveGroup
 
 
 class Radius(Protocol):
-    """A rule for the factor in front of the direction.
-
-    Attributes:
-        defaults: Hyperparameters that every parameter group gets.
-        depends_on_scale: Whether the perturbation changes where all gradients are multiplied by one number.
-    """
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """Group entries of the rule, each group with a value of its own."""
+    """A rule for the factor in front of the direction."""
 
     @property
     def depends_on_scale(self) -> bool:
-        """Whether gradients of a scaled loss must be unscaled first."""
+        """Whether the perturbation changes where all gradients are multiplied by one number."""
 
-    def check(self, options: dict[str, Any]) -> None:
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """Hyperparameters that every parameter group gets, each group with a value of its own."""
+
+    def check(self, options: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` where a group's own value is outside its domain."""
 
     def __call__(self, length: Tensor, unit: Tensor, group: ActiveGroup) -> Tensor:
@@ -45,11 +41,11 @@ class Fixed:
     depends_on_scale = False
 
     @property
-    def defaults(self) -> dict[str, Any]:
+    def defaults(self) -> Mapping[str, Any]:
         """None beside rho."""
         return {}
 
-    def check(self, options: dict[str, Any]) -> None:
+    def check(self, options: Mapping[str, Any]) -> None:
         """Nothing to check."""
 
     def __call__(self, length: Tensor, unit: Tensor, group: ActiveGroup) -> Tensor:
@@ -79,11 +75,11 @@ class Unified:
         return self.share != 1.0
 
     @property
-    def defaults(self) -> dict[str, Any]:
+    def defaults(self) -> Mapping[str, Any]:
         """None beside rho."""
         return {}
 
-    def check(self, options: dict[str, Any]) -> None:
+    def check(self, options: Mapping[str, Any]) -> None:
         """Nothing to check."""
 
     def __call__(self, length: Tensor, unit: Tensor, group: ActiveGroup) -> Tensor:
@@ -126,11 +122,11 @@ class FirstOrderGain:
         self.check(self.defaults)
 
     @property
-    def defaults(self) -> dict[str, Any]:
+    def defaults(self) -> Mapping[str, Any]:
         """``sigma``."""
         return {"sigma": self.sigma}
 
-    def check(self, options: dict[str, Any]) -> None:
+    def check(self, options: Mapping[str, Any]) -> None:
         """Refuse ``sigma`` below zero, infinite or NaN."""
         if not 0.0 <= options["sigma"] < math.inf:
             raise ValueError(f"sigma must be >= 0 and finite, got {options['sigma']}")

@@ -42,7 +42,8 @@ def param_groups(
             one group by default. Parameters that they leave out are left out.
 
     Returns:
-        Groups with ``params``, ``perturb``, ``param_names`` and the settings, empty ones left out.
+        Groups with ``params`` (pairs of name and parameter, which the base takes as its ``param_names``), ``perturb``
+        and the settings; empty ones are left out.
 
     Raises:
         ValueError: Nothing would be perturbed, or ``perturb`` is none of these.
@@ -69,13 +70,13 @@ def param_groups(
             part = [param for param in params if (param in chosen) == is_perturbed]
             if not part:
                 continue
-            settings: dict[str, Any] = {"param_names": [names[param] for param in part], "perturb": is_perturbed}
+            settings: dict[str, Any] = {"params": [(names[param], param) for param in part], "perturb": is_perturbed}
             if is_perturbed and isinstance(perturb, Mapping):
                 settings["masks"] = [perturb[names[param]] for param in part]
-            split.append({**group, "params": part, **settings})
+            split.append({**group, **settings})
     if not any(group["perturb"] for group in split):
         raise ValueError(f"perturb must choose some parameter of the model, got {perturb!r}")
-    return _named(split)
+    return split
 
 
 def masked(space: Space, tensors: list[Tensor]) -> list[Tensor]:
@@ -138,12 +139,3 @@ def _checked_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> set[Tensor]
 def _is_norm(module: nn.Module) -> bool:
     suffixes = ("norm", "norm1d", "norm2d", "norm3d")
     return isinstance(module, _NORM_LAYERS) or type(module).__name__.lower().endswith(suffixes)
-
-
-def _named(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """In the form that torch takes for named parameters: pairs of name and parameter."""
-    named = []
-    for group in groups:
-        pairs = list(zip(group.pop("param_names"), group["params"], strict=True))
-        named.append({**group, "params": pairs})
-    return named

@@ -1,7 +1,5 @@
 """Sharpness during training: chosen measures from time to time, within a budget."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -64,7 +62,7 @@ class SharpnessMonitor:
         rho: float = 0.05,
         m: int | None = None,
     ) -> None:
-        check_measures(measures)
+        _check_measures(measures)
         if not budget > 0.0:
             raise ValueError(f"budget must be > 0, got {budget}")
         if not 0.0 <= rho < math.inf:
@@ -163,7 +161,7 @@ class SharpnessMonitor:
         return [found.value if found.converged[0] else math.nan, ratio]
 
 
-def check_measures(measures: Sequence[str]) -> None:
+def _check_measures(measures: Sequence[str]) -> None:
     """Raise ``ValueError`` unless ``measures`` names measures, at least one and each once."""
     known = get_args(MeasureName)
     if not measures or len(set(measures)) < len(measures) or not set(measures) <= set(known):

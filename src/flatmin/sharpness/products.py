@@ -12,11 +12,21 @@ from flatmin.sharpness.loss_functions import LossFn
 from flatmin.sharpness.measure import NotFiniteError, Setting
 from flatmin.sharpness.objective import LossOptions, Objective
 
-Method = Literal["double_backward", "finite_differences"]
+HvpMethod = Literal["double_backward", "finite_differences"]
 Product = Callable[[Tensor], Tensor]
 
 
-class HessianOptions(LossOptions, total=False):
+class _ProductOptions(TypedDict, total=False):
+    """The part of ``HessianOptions`` that ``hessian_product`` takes."""
+
+    hvp: HvpMethod
+    difference_step: float | None
+
+
+_OF_PRODUCTS = _ProductOptions.__optional_keys__
+
+
+class HessianOptions(LossOptions, _ProductOptions, total=False):
     """What every measure of the Hessian takes beside its own settings.
 
     Attributes:
@@ -27,17 +37,6 @@ class HessianOptions(LossOptions, total=False):
             the dtype's precision. The cube root, best where third derivatives are of the size of the second, is too
             long in the sharpest directions of a trained network (error 19 % instead of 0.1 % in float32).
     """
-
-    hvp: Method
-    difference_step: float | None
-
-
-class _MethodOptions(TypedDict, total=False):
-    hvp: Method
-    difference_step: float | None
-
-
-_METHOD = _MethodOptions.__optional_keys__
 
 
 def hessian_vector_product(
@@ -68,19 +67,19 @@ def hessian_vector_product(
     if shapes != wanted:
         raise ValueError(f"vector must have the shapes of the chosen parameters, {wanted}, got {shapes}")
     with objective.measuring():
-        product = hessian_product(objective, **method_options(options))
+        product = hessian_product(objective, **product_options(options))
         return objective.unflatten(product(objective.flatten(vector)[None])[0])
 
 
 def hessian_product(
-    objective: Objective, hvp: Method = "double_backward", difference_step: float | None = None
+    objective: Objective, hvp: HvpMethod = "double_backward", difference_step: float | None = None
 ) -> Product:
     """The map from vectors, the rows of a matrix ``(num_vectors, num_params)``, to their products with the Hessian.
 
     Raises:
         ValueError: ``hvp`` is unknown or ``difference_step`` is not positive.
     """
-    if hvp not in get_args(Method):
+    if hvp not in get_args(HvpMethod):
         raise ValueError(f"hvp must be 'double_backward' or 'finite_differences', got {hvp!r}")
     if difference_step is not None and not 0.0 < difference_step < math.inf:
         raise ValueError(f"difference_step must be > 0 and finite, got {difference_step}")
@@ -98,7 +97,7 @@ def checked_product(objective: Objective, options: HessianOptions) -> Product:
     Raises:
         NotFiniteError: A product has an entry that is infinite or NaN.
     """
-    product = hessian_product(objective, **method_options(options))
+    product = hessian_product(objective, **product_options(options))
 
     def checked(vectors: Tensor) -> Tensor:
         images = product(vectors)
@@ -111,20 +110,20 @@ def checked_product(objective: Objective, options: HessianOptions) -> Product:
 
 def loss_options(options: HessianOptions) -> LossOptions:
     """The options that ``Objective`` takes."""
-    return cast(LossOptions, {name: value for name, value in options.items() if name not in _METHOD})
+    return cast(LossOptions, {name: value for name, value in options.items() if name not in _OF_PRODUCTS})
 
 
-def method_options(options: HessianOptions) -> _MethodOptions:
+def product_options(options: HessianOptions) -> _ProductOptions:
     """The options that ``hessian_product`` takes."""
-    return cast(_MethodOptions, {name: value for name, value in options.items() if name in _METHOD})
+    return cast(_ProductOptions, {name: value for name, value in options.items() if name in _OF_PRODUCTS})
 
 
 def hessian_settings(objective: Objective, options: HessianOptions) -> dict[str, Setting]:
     """What the Hessian is of and how its products are computed, for the record of a result."""
-    methods = method_options(options)
+    chosen = product_options(options)
     return objective.settings | {
-        "hvp": methods.get("hvp", "double_backward"),
-        "difference_step": methods.get("difference_step"),
+        "hvp": chosen.get("hvp", "double_backward"),
+        "difference_step": chosen.get("difference_step"),
     }
 
 

@@ -15,7 +15,7 @@ from flatmin.train.report import Comparison, Curve, MethodResult
 from flatmin.train.solution import Solution
 from flatmin.train.summary import Summary
 
-__all__ = ["METHOD_NAMES", "TrialResult", "make_comparison", "method_title", "passes_per_step"]
+__all__ = ["TrialResult", "make_comparison", "method_title", "passes_per_step"]
 
 DRAWN_METRICS = ("eval_error_percent", "train_loss")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from flatmin.sharpness.monitor import check_measures
+from flatmin.sharpness import SharpnessMonitor
 from flatmin.train.base_optimizer import check_optimizer
 from flatmin.train.data import named_parts
 from flatmin.train.methods import canonical_options, has_loss_rise
@@ -123,7 +123,7 @@ def _check_bsam(config: TrainConfig) -> None:
 
 
 def _check_sharpness(config: TrainConfig) -> None:
-    check_measures(config.sharpness_measures)
+    SharpnessMonitor(config.sharpness_measures)  # refuses any others
     if config.sharpness_m is not None and config.batch_size % config.sharpness_m:
         raise ValueError(f"sharpness_m must divide batch_size ({config.batch_size}), got {config.sharpness_m}")
 

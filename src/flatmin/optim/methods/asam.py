@@ -23,7 +23,7 @@ class ASAM(SharpnessAware):
         scaled: Which parameters are scaled, see ``flatmin.optim.Adaptive``. The default is the authors' rule, by name:
             give ``model=`` or build the base from ``model.named_parameters()``.
         p: Order of the norm, from 1 to infinity.
-        **options: ``ascent_steps``, ``model``, ``diagnostics``, ``skip_nonfinite``, see ``SharpnessAware``.
+        **options: See ``SharpnessAware``.
 
     References:
         Kwon et al. (2021), arXiv:2102.11600, Algorithm 1; SamsungLabs/ASAM.

@@ -1,7 +1,7 @@
 """bSAM: SAM as Bayesian inference, with a posterior to sample from."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,8 @@ from flatmin.optim.perturbation import Saved, perturb_
 from flatmin.optim.seeding import seed_of
 from flatmin.optim.sharding import is_sharded
 from flatmin.optim.space import refuse_sparse
+
+_RisesAndGradients = dict[Tensor, tuple[Tensor, Tensor]]  # sqrt(s) |g| and g_p of each parameter
 
 
 class BSAM(Optimizer):
@@ -99,25 +101,9 @@ class BSAM(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with its own numbers or those given to the constructor."""
-        options = {**self.defaults, **{k: v for k, v in param_group.items() if k != "params"}}
-        for name in ("lr", "rho", "weight_decay", "damping", "initial_precision"):
-            is_positive = name in ("lr", "initial_precision")
-            value = float(options[name])
-            if not (0.0 < value if is_positive else 0.0 <= value) or math.isinf(value):
-                raise ValueError(f"{name} must be {'>' if is_positive else '>='} 0 and finite, got {options[name]}")
-        if len(options["betas"]) != 2 or not all(0.0 <= beta < 1.0 for beta in options["betas"]):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {options['betas']}")
-        for name in ("maximize", "masks"):
-            if options.get(name):
-                raise ValueError(f"groups must have no {name} with BSAM, got one that has")
+        _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        if any(map(is_sharded, self.param_groups[-1]["params"])):
-            raise ValueError(
-                "params must be whole, got sharded ones (DTensor), because BSAM draws its noise for whole tensors: "
-                "use DistributedDataParallel"
-            )
-        if any(map(torch.is_complex, self.param_groups[-1]["params"])):
-            raise ValueError("params must be real, got complex ones, of which the posterior is not defined")
+        _check_params(self.param_groups[-1]["params"])
 
     @torch.no_grad()
     def step(self, closure: Closure | Sequence[Closure]) -> Tensor:  # type: ignore[override]
@@ -136,18 +122,13 @@ class BSAM(Optimizer):
         closures = as_closures(closure)
         closures[0] = refusing_leftovers(closures[0], self._params())
         self.diagnostics.begin_step()
-        total: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        total: _RisesAndGradients = {}
         losses = []
         try:
             for index, each in enumerate(closures):
                 loss, found = self._both_passes(each, index)
                 losses.append(loss)
-                for param, (rise, g_p) in found.items():
-                    if param in total:
-                        total[param][0].add_(rise)
-                        total[param][1].add_(g_p)
-                    else:
-                        total[param] = rise, as_kept(g_p) if len(closures) > 1 else g_p
+                _add_(total, found, is_kept=len(closures) > 1)
             self._update(total, len(closures))
         finally:
             mark_used(self._params())
@@ -165,14 +146,14 @@ class BSAM(Optimizer):
             generator: Source of the sample; torch's own where it is ``None``.
         """
         with torch.no_grad():
-            saved = self._perturb_by_noise({device: generator for device in {p.device for p in self._params()}})
+            saved = self._perturb_by_noise(dict.fromkeys({param.device for param in self._params()}, generator))
         try:
             yield
         finally:
             with torch.no_grad():
                 saved.restore_()
 
-    def _both_passes(self, closure: Closure, index: int) -> tuple[Tensor, dict[Tensor, tuple[Tensor, Tensor]]]:
+    def _both_passes(self, closure: Closure, index: int) -> tuple[Tensor, _RisesAndGradients]:
         """The loss at a sample; ``sqrt(s) |g|`` there and the gradient at w + rho g / s."""
         saved = None
         if self._replay is not None:
@@ -202,7 +183,7 @@ class BSAM(Optimizer):
                 self._replay.finish()
         return loss, {p: (rise, there[p]) for p, rise in zip(params, rises, strict=True) if p in there}
 
-    def _update(self, total: dict[Tensor, tuple[Tensor, Tensor]], number: int) -> None:
+    def _update(self, total: _RisesAndGradients, number: int) -> None:
         """Momentum, weights and precision; nothing where a gradient is not finite."""
         is_finite = bool(are_finite([x for pair in total.values() for x in pair]))
         self.diagnostics.count(any(_radius(group) for group in self.param_groups), is_finite)
@@ -274,6 +255,39 @@ class BSAM(Optimizer):
     def _clear_gradients(self) -> None:
         for param in self._params():
             param.grad = None
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    for name in ("lr", "rho", "weight_decay", "damping", "initial_precision"):
+        is_positive = name in ("lr", "initial_precision")
+        value = float(options[name])
+        if not (value > 0.0 if is_positive else value >= 0.0) or math.isinf(value):
+            raise ValueError(f"{name} must be {'>' if is_positive else '>='} 0 and finite, got {options[name]}")
+    if len(options["betas"]) != 2 or not all(0.0 <= beta < 1.0 for beta in options["betas"]):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {options['betas']}")
+    for name in ("maximize", "masks"):
+        if options.get(name):
+            raise ValueError(f"groups must have no {name} with BSAM, got one that has")
+
+
+def _check_params(params: Sequence[Tensor]) -> None:
+    if any(map(is_sharded, params)):
+        raise ValueError(
+            "params must be whole, got sharded ones (DTensor), because BSAM draws its noise for whole tensors: "
+            "use DistributedDataParallel"
+        )
+    if any(map(torch.is_complex, params)):
+        raise ValueError("params must be real, got complex ones, of which the posterior is not defined")
+
+
+def _add_(total: _RisesAndGradients, found: _RisesAndGradients, *, is_kept: bool) -> None:
+    """Add what a micro-batch has found; the first one's tensors take the sums, so those of DDP must be kept apart."""
+    for param, (rise, g_p) in found.items():
+        if param in total:
+            total[param][0].add_(rise)
+            total[param][1].add_(g_p)
+        else:
+            total[param] = rise, as_kept(g_p) if is_kept else g_p
 
 
 def _radius(group: dict[str, Any]) -> float:

@@ -7,7 +7,8 @@ from torch.optim import Optimizer
 from flatmin.optim.balls import Ball
 from flatmin.optim.directions import BaseMomentum
 from flatmin.optim.metrics import Adaptive, Scaled
-from flatmin.optim.one_pass import OnePass, OnePassOptions
+from flatmin.optim.one_pass import OnePass
+from flatmin.optim.options import OnePassOptions
 
 
 class MSAM(OnePass):
@@ -19,7 +20,7 @@ class MSAM(OnePass):
         base: The optimizer that takes the step; one with a first moment (SGD with momentum, Adam, AdamW, NAdam, …).
         rho: Radius, ``>= 0``; far larger than SAM's. The default is the paper's for SGD; it used 1 with AdamW on
             ImageNet, and 0.3 is the default of the authors' class.
-        **options: ``when``, ``model``, ``skip_nonfinite``, ``rho_schedule``, see ``OnePass``.
+        **options: See ``OnePass``.
 
     References:
         Becker et al. (2024), arXiv:2401.12033, Algorithm 1; MarlonBecker/MSAM.

@@ -22,7 +22,7 @@ class SAM(SharpnessAware):
         direction: The gradient, or the paper's control, a random direction of the same length (Appendix C.5). The first
             pass then only shows the rise of the loss; ``OnePass`` with ``RandomDirection`` does without it.
         seed: Of the random direction.
-        **options: ``ascent_steps``, ``model``, ``diagnostics``, ``skip_nonfinite``, see ``SharpnessAware``.
+        **options: See ``SharpnessAware``.
 
     References:
         Foret et al. (2021), arXiv:2010.01412, Algorithm 1.

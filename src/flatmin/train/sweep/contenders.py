@@ -10,10 +10,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from flatmin.train.comparison import METHOD_NAMES
 from flatmin.train.config import NEUTRAL_FIELDS, Method, TrainConfig
 from flatmin.train.errors import UsageError
-from flatmin.train.methods import reads_field
+from flatmin.train.methods import METHOD_NAMES, reads_field
 from flatmin.train.sweep.grid import Grid
 
 __all__ = ["FIRST_SEARCH_SEED", "Contender", "Plan", "Run", "made_contenders", "run_name"]

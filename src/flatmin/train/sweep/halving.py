@@ -49,7 +49,7 @@ class SuccessiveHalving:
 
     def next(self) -> tuple[int, int] | None:
         """Return a candidate and the rung to train it to, which count as started; None if there is none for now."""
-        chosen = self._promotion() or self._beginning() or self._last_resort()
+        chosen = self._promotion(one_of=self.reduction) or self._beginning() or self._last_resort()
         if chosen is not None:
             candidate, rung = chosen
             self._started[rung].add(candidate)
@@ -69,9 +69,10 @@ class SuccessiveHalving:
         """The candidate with the lowest error at the last rung, the earlier of equals; None if there is none."""
         return next(iter(self._top(self.errors[-1], 1)), None)
 
-    def _promotion(self) -> tuple[int, int] | None:
+    def _promotion(self, one_of: int) -> tuple[int, int] | None:
+        """Return one of the best ``1 / one_of`` of a rung that has not gone on from it, the highest rung first."""
         for rung in reversed(range(len(self.errors) - 1)):
-            for candidate in self._top(self.errors[rung], len(self.errors[rung]) // self.reduction):
+            for candidate in self._top(self.errors[rung], len(self.errors[rung]) // one_of):
                 if candidate not in self._started[rung + 1]:
                     return candidate, rung + 1
         return None
@@ -80,13 +81,7 @@ class SuccessiveHalving:
         return (self._new.pop(), 0) if self._new else None
 
     def _last_resort(self) -> tuple[int, int] | None:
-        if self.is_waiting or self.best is not None:
-            return None
-        for rung in reversed(range(len(self.errors) - 1)):
-            for candidate in self._top(self.errors[rung], len(self.errors[rung])):
-                if candidate not in self._started[rung + 1]:
-                    return candidate, rung + 1
-        return None
+        return None if self.is_waiting or self.best is not None else self._promotion(one_of=1)
 
     @staticmethod
     def _top(errors: dict[int, float], count: int) -> Sequence[int]:

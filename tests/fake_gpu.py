@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 _aten = torch.ops.aten
+_FUSED = torch.library.Library("aten", "IMPL", "Meta")  # as long as the process
+_FUSED.impl("_fused_sgd_.tensor_lr", lambda *args, **kwargs: None)  # torch has no such kernel for SGD, but for Adam
 COPIES = {_aten._to_copy, _aten.copy_}
 SENDS_NUMBERS = {_aten.where, _aten.index_put, _aten.index_put_}  # 0-dim ones from the host, by a copy of their own
 READS_NUMBERS = {_aten.masked_fill.Tensor, _aten.masked_fill_.Tensor}  # the last argument, wherever it is

@@ -216,7 +216,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(first):
     assert optimizer.param_groups[0]["num_steps"] == 3
 
 
-@pytest.mark.parametrize("change", ["eval", "dropout", "freeze", "momentum", "shape", "group"])
+@pytest.mark.parametrize("change", ["eval", "dropout", "freeze", "momentum", "shape", "group", "checkpoint"])
 def test_what_a_graph_was_traced_for_may_change(change):
     runs = []
     for compiled in (False, True):
@@ -233,6 +233,10 @@ def test_what_a_graph_was_traced_for_may_change(change):
             optimizer.param_groups[0]["momentum"] = 0.5
         elif change == "shape":
             batch = (batch[0][:7], batch[1][:7])
+        elif change == "checkpoint":  # whose groups take the place of those that were traced
+            saved = copy.deepcopy(optimizer.state_dict())
+            saved["param_groups"][0]["momentum"] = 0.5
+            optimizer.load_state_dict(saved)
         else:
             weight = optimizer.param_groups[0]["params"].pop(0)
             optimizer.add_param_group({"params": [weight], "lr": 0.01, "rho": 0.3})
@@ -241,6 +245,14 @@ def test_what_a_graph_was_traced_for_may_change(change):
     assert runs[1][2].reason is None
     assert runs[1][2].num_graphs == 2
     assert_same(runs[1], runs[0])
+
+
+def test_a_checkpoint_of_the_same_settings_needs_no_new_graph():
+    """The control."""
+    _, optimizer, step, _ = trained(Row("SAM", flatmin.SAM), compiled=True, num_steps=3)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    step(batches(torch.float64)[0])
+    assert step.num_graphs == 1
 
 
 def test_rho_schedules_and_lr_schedulers_go_on():

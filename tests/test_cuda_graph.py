@@ -51,6 +51,8 @@ class Recorder:
         graph.kernels = self.kernels = []
         try:
             yield
+        except RuntimeError:  # as CUDA does: the end of a capture that was broken is an error of its own
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
         finally:
             self.kernels = None
         self.num_captures += 1
@@ -120,6 +122,50 @@ def test_what_cannot_be_captured_is_called(recorder):
         train()
     assert len(caught) == 1
     torch.testing.assert_close(weight, other, rtol=0, atol=0)
+
+
+def test_the_warning_names_what_broke_the_capture_and_not_its_end(recorder):
+    def function(weight, batch):
+        if recorder.kernels is not None:
+            raise RuntimeError("this operator waits for the device")
+        return recorder(weight, batch)
+
+    step, weight, batches = CapturedStep(function, num_resident=1), torch.zeros(3), list(_batches("whole"))
+    for batch in batches[:3]:
+        step(weight, batch)
+    with pytest.warns(UserWarning, match="no CUDA graph holds them, this operator waits for the device$"):
+        step(weight, batches[3])
+
+
+def test_the_calls_before_the_capture_share_a_stream(recorder, monkeypatch):
+    made = []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: made.append(1) or stream)
+    step = CapturedStep(recorder, num_resident=1)
+    for batch in _batches("whole"):
+        step(torch.zeros(3), batch)
+    assert len(made) == 1
+
+
+def test_autograd_knows_that_a_replay_has_written_the_weights(recorder):
+    def function(weight, batch):
+        def work():
+            weight.data.sub_(batch.mean())  # as a kernel does, of which autograd knows nothing
+
+        if recorder.kernels is None:
+            work()
+        else:
+            recorder.kernels.append(work)
+        return [batch.sum()]
+
+    weight, step = torch.zeros(3), CapturedStep(function, num_resident=1)
+    versions = []
+    for batch in _batches("whole"):
+        step(weight, batch)
+        versions.append(weight._version)
+    assert versions[:3] == [0, 0, 0]
+    assert len(set(versions[3:])) == len(versions[3:])
+    assert 0 not in versions[3:]
 
 
 @pytest.mark.parametrize("layout", ["whole", "slice", "spread", "none"])

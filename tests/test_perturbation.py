@@ -3,9 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flatmin
-from flatmin.optim.perturbation import Saved, _Move, _perturb_at_once_, perturb_
+from fake_gpu import fake_gpu
+from flatmin.optim import perturbation
+from flatmin.optim.perturbation import Saved, _Generators, _Move, _perturb_at_once_, _suits_sgd, perturb_
 
 pytestmark = pytest.mark.usefixtures("arithmetic")
 
@@ -16,6 +19,13 @@ def _on_an_accelerator(params, tensors, scales):
     return saved
 
 
+def _by_sgd(params, tensors, scales):
+    """As on a GPU, by the fused kernel that torch has for a CPU as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(perturbation, "_suits_sgd", lambda param, tensor, generators: param.dtype != torch.float64)
+        return _on_an_accelerator(params, tensors, scales)
+
+
 def _case(dtype):
     generator = torch.Generator().manual_seed(0)
     params = [torch.randn(shape, generator=generator).to(dtype) for shape in [(30, 20), (7,), ()]]
@@ -24,21 +34,78 @@ def _case(dtype):
     return params, tensors, [small, large, small]
 
 
-@pytest.mark.parametrize("form", [perturb_, _on_an_accelerator])
+@pytest.mark.parametrize("form", [perturb_, _on_an_accelerator, _by_sgd])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_both_forms_add_in_wide_precision_and_return_the_values_of_before(form, dtype):
+def test_all_forms_add_in_wide_precision_and_return_the_values_of_before(form, dtype):
     params, tensors, scales = _case(dtype)
     before = [param.clone() for param in params]
     wide = torch.promote_types(dtype, torch.float32)
     expected = [
         (w.to(wide) + s.to(wide) * t.to(wide)).to(dtype) for w, t, s in zip(params, tensors, scales, strict=True)
     ]
+    versions = [param._version for param in params]
     saved = form(params, tensors, scales)
+    assert all(param._version > version for param, version in zip(params, versions, strict=True))
     ulps = {torch.float64: 4e-16, torch.float32: 4e-7}.get(dtype, 0.0)  # whether the product is rounded on its own
     torch.testing.assert_close(params, expected, rtol=0.0, atol=ulps)
     assert not torch.equal(params[0], before[0])
     saved.restore_()
     assert all(torch.equal(x, y) for x, y in zip(params, before, strict=True))
+
+
+def test_a_gpu_copies_the_weights_and_moves_them_in_two_kernels():
+    """Five numbers are read or written for each weight, and the copy is all the memory that is taken."""
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "aten" and func.overloadpacket is not torch.ops.aten.empty_like:
+                names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    names = []
+    with fake_gpu(), Noted():
+        params, tensors = ([torch.empty(shape, device="cuda") for shape in [(30, 20), (7,)]] for _ in range(2))
+        scale = torch.empty((), device="cuda")
+        names.clear()
+        _perturb_at_once_(Saved(), _Move(params, tensors, [scale, scale], (), _Generators(0)))
+    assert names == ["_foreach_copy_", "_fused_sgd_"]
+
+
+@pytest.mark.parametrize(
+    ("is_taken", "device", "dtype", "shape", "generators"),
+    [
+        (True, "cuda", torch.float32, (2, 3), _Generators(0)),
+        (True, "cuda", torch.bfloat16, (2, 3), None),
+        (False, "cuda", torch.bfloat16, (2, 3), _Generators(0)),  # it rounds to the nearest
+        (False, "cuda", torch.float64, (2, 3), None),  # its learning rate is float32
+        (False, "cpu", torch.float32, (2, 3), None),
+    ],
+)
+def test_the_kernel_of_sgd_is_asked_where_it_suits(is_taken, device, dtype, shape, generators):
+    with fake_gpu():
+        param, tensor = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        assert _suits_sgd(param, tensor, generators) == is_taken
+        assert not _suits_sgd(param, torch.empty(3, 2, dtype=dtype, device=device).t(), generators)
+        assert not _suits_sgd(param, tensor.double().half(), generators)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_sums_are_formed_of_a_bounded_part_of_the_weights_at_a_time(dtype, monkeypatch):
+    found, sizes = [], []
+    whole = perturbation._add_together_
+
+    def noting(params, *others):
+        sizes.append([param.numel() for param in params])
+        whole(params, *others)
+
+    monkeypatch.setattr(perturbation, "_add_together_", noting)
+    for limit in (perturbation._TOGETHER, 50):
+        monkeypatch.setattr(perturbation, "_TOGETHER", limit)
+        params, tensors = ([torch.full((n,), 1.0 + n, dtype=dtype) for n in (30, 20, 1, 90, 4)] for _ in range(2))
+        _on_an_accelerator(params, tensors, [torch.tensor(0.3)] * 5)
+        found.append(params)
+    assert sizes == [[30, 20, 1, 90, 4], [30, 20], [1], [90], [4]]
+    torch.testing.assert_close(*found, rtol=0.0, atol=0.0)
 
 
 def test_adding_and_subtracting_again_would_not_be_exact():

@@ -140,7 +140,7 @@ class CompiledStep:
         elif cast(OnePass, optimizer)._is_shown:  # which the eager step refuses, too
             return None
         leaves = tree_leaves(batch)
-        shapes = [(leaf.shape, leaf.dtype, leaf.stride()) for leaf in leaves if isinstance(leaf, Tensor)]
+        shapes = [(leaf.shape, leaf.dtype, leaf.stride(), leaf.device) for leaf in leaves if isinstance(leaf, Tensor)]
         key = is_perturbed, *_autocast(leaves), *shapes
         graph = self._graphs.get(key)
         if graph is None or not graph.is_valid():

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
@@ -33,6 +34,7 @@ class CapturedStep:
         self._copied: list[Tensor] = []
         self._outputs: Sequence[Tensor] = ()
         self._is_refused = False
+        self._side_stream: torch.cuda.Stream | None = None
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         """Call the function, by replaying it where it was captured."""
@@ -54,10 +56,13 @@ class CapturedStep:
             _memory(target).copy_(_memory(value), non_blocking=True)
         assert self._graph is not None
         self._graph.replay()
+        increment_version(resident)  # which compiled code does for what it writes, and a replay does not run
         return [output.clone() for output in self._outputs]  # the next replay writes into them
 
     def _warm_up(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
+        if self._side_stream is None:  # one for all calls: the allocator keeps freed memory for its stream alone
+            self._side_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream, current = self._side_stream, torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             outputs = self._function(*inputs)
@@ -75,7 +80,8 @@ class CapturedStep:
 
     def _refuse(self, error: RuntimeError) -> None:
         self._is_refused, self._graph, self._copied, self._outputs = True, None, [], ()
-        first_line = str(error).strip().partition("\n")[0]
+        cause = error.__context__ or error  # ending a capture fails because of what broke it before
+        first_line = str(cause).strip().partition("\n")[0]
         warnings.warn(
             f"compile_step launches its kernels one by one: no CUDA graph holds them, {first_line}", stacklevel=5
         )

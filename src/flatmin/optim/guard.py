@@ -28,14 +28,9 @@ class Guard:
         self._base = base
         self._params = params
         self._slots = [(param, name) for param in params for name in base.state.get(param, ())]
-        holders: list[Mapping[str, Any]] = [*base.param_groups, *map(vars, model.modules())]
-        entries = [
-            (holder, name)
-            for holder in holders
-            for name, value in holder.items()
-            if type(value) in _PLAIN and name not in _CHANGES_FREELY
-        ]
-        self._holders, self._names = zip(*entries, strict=True)
+        modules: list[Mapping[str, Any]] = list(map(vars, model.modules()))
+        self._holders, self._names = zip(*_plain_entries(modules), strict=True)
+        self._names_of_groups = [[name for _, name in _plain_entries([group])] for group in base.param_groups]
         self._before = self._now()
 
     def is_satisfied(self) -> bool:
@@ -48,6 +43,18 @@ class Guard:
     def _now(self) -> list[Any]:
         state = self._base.state
         groups = [(id(group.get("masks")), *map(id, group["params"])) for group in self._base.param_groups]
+        # asked for anew each time: loading a checkpoint replaces the groups
+        pairs = zip(self._base.param_groups, self._names_of_groups, strict=False)
+        settings = [[group[name] for name in names] for group, names in pairs]
         layout = [(*_layout(param), param.stride()) for param in self._params]
         has_state = all(param in state and name in state[param] for param, name in self._slots)
-        return [*map(getitem, self._holders, self._names), groups, layout, has_state]
+        return [*map(getitem, self._holders, self._names), settings, groups, layout, has_state]
+
+
+def _plain_entries(holders: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], str]]:
+    return [
+        (holder, name)
+        for holder in holders
+        for name, value in holder.items()
+        if type(value) in _PLAIN and name not in _CHANGES_FREELY
+    ]

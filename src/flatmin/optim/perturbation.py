@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from flatmin.optim import kernel
 from flatmin.optim.host_copies import HostCopies
@@ -16,6 +17,7 @@ _SMALL = 4096  # entries of a tensor that is copied faster with others than on i
 _BATCH = 64  # of those at a time, so that the memory they share is small as well
 _LARGE = 3 << 19  # entries of a tensor (6 MB) whose memory a C library takes from the system afresh each time
 _PIECE = 1 << 17  # entries of such a tensor that are in the cache at a time
+_TOGETHER = 1 << 24  # entries of parameters whose sums are alive together on an accelerator (64 MB in float32)
 
 
 @dataclass(frozen=True)
@@ -248,16 +250,66 @@ def _perturb_at_once_(saved: Saved, move: _Move) -> None:
         torch._foreach_copy_(values, list(params))
     saved.targets.extend(params)
     saved.values.extend(values)
-    kinds: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
-    for index, (param, scale) in enumerate(zip(params, scales, strict=True)):
-        kinds.setdefault((param.device, param.dtype, id(scale)), []).append(index)
-    for (device, dtype, _), indices in kinds.items():
-        wide = torch.promote_types(dtype, torch.float32)
-        part = [params[index] for index in indices]
-        scale = scales[indices[0]].to(device, wide)
-        steps = torch._foreach_mul([tensors[index].to(wide) for index in indices], scale)
-        if wide == dtype:
-            torch._foreach_add_(part, steps)
-        else:
-            torch._foreach_add_(steps, [param.to(wide) for param in part])
-            torch._foreach_copy_(part, [_narrowed(step, dtype, move.generators) for step in steps])
+    kinds: dict[tuple[torch.device, torch.dtype, int, bool], list[int]] = {}
+    for index, (param, tensor, scale) in enumerate(zip(params, tensors, scales, strict=True)):
+        kind = param.device, param.dtype, id(scale), _suits_sgd(param, tensor, move.generators)
+        kinds.setdefault(kind, []).append(index)
+    for (device, _, _, suits_sgd), indices in kinds.items():
+        scale = scales[indices[0]].to(device)
+        if suits_sgd:
+            _climb_by_sgd_([params[index] for index in indices], [tensors[index] for index in indices], scale)
+            continue
+        for some in _bounded(indices, params):
+            part, steps = ([column[index] for index in some] for column in (params, tensors))
+            _add_together_(part, steps, scale, move.generators)
+
+
+def _suits_sgd(param: Tensor, tensor: Tensor, generators: _Generators | None) -> bool:
+    """Whether torch's fused kernel takes them: its learning rate is float32, and it rounds to the nearest."""
+    if not param.is_cuda or param.dtype == torch.float64 or (generators is not None and is_narrow(param.dtype)):
+        return False
+    return _same_layout(param, tensor)
+
+
+def _climb_by_sgd_(params: list[Tensor], tensors: list[Tensor], scale: Tensor) -> None:
+    """``w += scale * tensor`` as an ascent of plain SGD, whose fused kernel reads its learning rate on the device.
+
+    It reads both and writes w: 3 numbers for each entry of w and no memory, where a product and a sum move 5 and need
+    as much memory as the parameters.
+    """
+    torch._fused_sgd_(
+        *(params, tensors, []),
+        lr=scale.float(),
+        weight_decay=0.0,
+        momentum=0.0,
+        dampening=0.0,
+        nesterov=False,
+        maximize=True,
+        is_first_step=False,
+    )
+    increment_version(params)  # as every other operator in place does
+
+
+def _add_together_(params: list[Tensor], tensors: list[Tensor], scale: Tensor, generators: _Generators | None) -> None:
+    """The same by a product and a sum, in float32 or wider."""
+    dtype = params[0].dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    steps = torch._foreach_mul([tensor.to(wide) for tensor in tensors], scale.to(wide))
+    if wide == dtype:
+        torch._foreach_add_(params, steps)
+    else:
+        torch._foreach_add_(steps, [param.to(wide) for param in params])
+        torch._foreach_copy_(params, [_narrowed(step, dtype, generators) for step in steps])
+
+
+def _bounded(indices: Sequence[int], params: Sequence[Tensor]) -> Iterator[list[int]]:
+    """The indices in runs of at most ``_TOGETHER`` entries, or of one parameter, which bounds the memory of sums."""
+    run: list[int] = []
+    num_entries = 0
+    for index in indices:
+        if run and num_entries + params[index].numel() > _TOGETHER:
+            yield run
+            run, num_entries = [], 0
+        run.append(index)
+        num_entries += params[index].numel()
+    yield run

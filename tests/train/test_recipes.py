@@ -62,6 +62,18 @@ def test_recipe_states_what_it_replicates_expects_and_costs(name: str) -> None:
     assert recipe.config() == recipe.config(recipe.method)
 
 
+def test_a_perturbation_for_the_whole_batch_is_no_matter_of_words_alone():
+    """The recipe of the script once said so, and had micro-batches."""
+    whole = [
+        recipe for recipe in RECIPES.values() if "One perturbation" in recipe.remark and "--micro" not in recipe.remark
+    ]
+    assert {"cifar10-batch-128", "cifar10-second-order"} <= {recipe.name for recipe in whole}
+    assert all(recipe.config().micro_batch is None for recipe in whole)
+    assert RECIPES["cifar10"].config().micro_batch == 32  # control
+    script = RECIPES["cifar10-batch-128"].config()  # as its train.py and data.py have it
+    assert (script.padding_mode, script.nesterov, script.gradient_clipping) == ("zeros", False, 0.0)
+
+
 def test_what_a_remark_reports_is_about_its_own_data_set():
     """The number that others report for CIFAR-10 once stood with CIFAR-100 too."""
     reported = [

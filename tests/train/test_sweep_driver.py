@@ -107,6 +107,19 @@ def test_better_budget_of_the_baseline_on_validation_is_what_counts(tmp_path: Pa
     assert difference.values == pytest.approx([(2.0 + 2.0) - (3.0 + 1.0)] * 2)
 
 
+def test_baseline_without_an_error_on_validation_is_the_best(tmp_path: Path) -> None:
+    """Zero once counted as no number, so that the worse budget was what the others were compared with."""
+
+    def perfect_when_long(config: TrainConfig) -> Summary:
+        summary = replace(invented(config), eval_error_percent=0.0 if config.epochs == 8 else 5.0)
+        write_summary(summary)
+        return summary
+
+    plan = plan_in(tmp_path, "method=sgd,sam", seeds=1, baseline_epochs="2x", fields=("--epochs", "4"))
+    rows = sweep_result(driven(plan, perfect_when_long)[0]).contenders
+    assert [(row.name, row.is_baseline) for row in rows[:2]] == [("SGD", False), ("SGD, 2x epochs", True)]
+
+
 def test_finished_runs_are_never_rerun_and_more_seeds_and_radii_add_what_is_missing(tmp_path: Path) -> None:
     driven(plan_in(tmp_path, *GRID, seeds=2))
     assert not driven(plan_in(tmp_path, *GRID, seeds=2))[1].done

@@ -120,11 +120,21 @@ SCRIPT = Recipe(
     name="cifar10-batch-128",
     summary="CIFAR-10 with WRN-28-10 in batches of 128: the settings of a script that wraps torch's SGD.",
     replicates="S-Sairam/sam-optimizer: python3 train.py --epochs 200 --lr 0.1 --batch_size 128 --rho 0.05.",
-    base=replace(CIFAR, batch_size=128, weight_decay_in="base", gradient_clipping=0.0, nesterov=False, shortcut="conv"),
+    base=replace(
+        CIFAR,
+        batch_size=128,
+        micro_batch=None,
+        weight_decay_in="base",
+        gradient_clipping=0.0,
+        nesterov=False,
+        shortcut="conv",
+        padding_mode="zeros",
+    ),
     radii={"sgd": 0.0, "sam": 0.05, "asam": 0.5},
     expected=results(sam="3.26"),
     measure="test error, %, of one run as its README had it",
-    remark="One perturbation for the whole batch, momentum without Nesterov, and decay in torch's SGD.",
+    remark="One perturbation and one set of statistics of batch norm for the whole batch, crops out of black, momentum "
+    "without Nesterov, and decay in torch's SGD.",
     costs=training_cost("wrn-28-10", 32, 200 * NUM_IMAGES, V100),
 )
 

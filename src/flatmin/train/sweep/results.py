@@ -127,7 +127,12 @@ def baseline_of(task: Any, schedule: Schedule) -> ContenderRuns | None:
     """
     baselines = [runs for runs in schedule.contenders if runs.contender.task == task and runs.contender.is_baseline]
     chosen = [runs for runs in baselines if runs.chosen is not None]
-    return min(chosen, key=lambda runs: _chosen_validation_error(runs) or math.inf) if chosen else None
+
+    def error(runs: ContenderRuns) -> float:
+        found = _chosen_validation_error(runs)
+        return math.inf if found is None else found  # no error at all is the best there is
+
+    return min(chosen, key=error) if chosen else None
 
 
 def failed_runs(schedule: Schedule) -> list[str]:

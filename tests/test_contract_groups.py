@@ -7,10 +7,14 @@ import pytest
 import torch
 
 from doors import everything, through_closure, through_two_steps, train
-from optimizers import TABLE, built, needs_all_moved, sgd
+from optimizers import TABLE, built, closure_on, needs_all_moved, sgd
 from problems import batches, tiny_network
 
 pytestmark = pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+
+
+def _weights(model):
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
 
 
 def test_groups_and_state_are_the_base_optimizers_own(row):
@@ -94,6 +98,24 @@ def test_a_copy_goes_on_like_the_original(row, what):
     train(optimizer, model, range(3, 6))
     train(optimizer_copy, model_copy, range(3, 6))
     assert torch.equal(everything(model_copy), everything(model))
+
+
+@pytest.mark.parametrize("what", ["deepcopy", "pickle"])
+def test_a_copy_made_between_the_two_steps_goes_home_alone(row, what):
+    model, optimizer = built(row)
+    home = _weights(model)
+    closure_on(optimizer, model)()
+    optimizer.first_step(zero_grad=True)
+    there = _weights(model)
+    both = (model, optimizer)
+    model_copy, optimizer_copy = copy.deepcopy(both) if what == "deepcopy" else pickle.loads(pickle.dumps(both))
+    assert torch.equal(_weights(model_copy), there)
+    optimizer_copy.restore()
+    assert torch.equal(_weights(model_copy), home)
+    assert torch.equal(_weights(model), there)
+    assert not torch.equal(there, home)
+    optimizer.restore()
+    assert torch.equal(_weights(model), home)
 
 
 def test_a_copy_of_the_model_alone_is_inert(row):

@@ -388,6 +388,14 @@ def test_a_radius_scheduled_below_zero_is_refused():
         train(optimizer, model, range(1))
 
 
+def test_a_group_that_was_given_to_the_base_is_refused():
+    model = tiny_network()
+    optimizer = flatmin.SAM(_sgd(model), model=model)
+    optimizer.base.add_param_group({"params": list(nn.Linear(3, 3).parameters())})
+    with pytest.raises(ValueError, match=r"rho must be an entry of every group, .* not of its base"):
+        train(optimizer, model, range(1))
+
+
 def test_a_checkpoint_of_the_base_leaves_what_is_perturbed_and_the_schedule_as_they_were():
     """It has neither entry; without them all would be perturbed, and by the radius of the first warm-up step."""
     networks = tiny_network(), tiny_network()

@@ -186,6 +186,19 @@ def test_a_pending_gradient_that_is_cleared_is_not_followed():
         optimizer.step()
 
 
+def test_a_pending_gradient_that_the_model_has_cleared_is_an_error():
+    model = tiny_network()
+    optimizer = flatmin.SAM(_sgd(model), model=model)
+    _loss(model).backward()
+    with optimizer.perturbed():
+        _loss(model).backward()
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match="no parameter has a new gradient"):
+        optimizer.step()
+    assert optimizer.param_groups[0]["num_steps"] == 0
+    train(optimizer, model, range(1))
+
+
 def test_a_warm_up_from_zero_does_not_hide_a_missing_pass():
     model = tiny_network()
     optimizer = flatmin.SAM(_sgd(model, lr=0.0), model=model)

@@ -179,6 +179,8 @@ def dry_run(optimizer: SharpnessAware, scaler: GradScaler | None = None) -> Iter
     groups = [dict(group) for group in optimizer.param_groups]
     piece_generators = _generators_of_pieces(own.plan.pieces)
     hook = register_module_forward_pre_hook(saved.on_call)
+    if own.replay is not None:
+        own.replay.is_paused = True
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Using `torch.compile.* global hooks on modules", UserWarning)
@@ -187,6 +189,7 @@ def dry_run(optimizer: SharpnessAware, scaler: GradScaler | None = None) -> Iter
         hook.remove()
         run.passes.give_up()
         if own.replay is not None:
+            own.replay.is_paused = False
             own.replay.finish()
         for group, entries in zip(optimizer.param_groups, groups, strict=True):
             group.clear()

@@ -193,6 +193,7 @@ class LoopDoors(Wrapper):
             if not has_fresh_gradient(self._params()):  # otherwise its second pass is missing
                 passes.gather(reduction)
         if progress.is_complete:
+            passes.require_backward()  # model.zero_grad() may have come in between
             self._step_base(scaler)
         elif self._only_creates_state():
             pieces = passes.plan.pieces

@@ -40,10 +40,12 @@ class Replay:
         self._num_replayed = 0
         self._in_closure = False
         self._may_start_anew = False
-        self.is_paused = False  # while the model is traced
+        self.is_paused = False  # while the model is traced, or makes passes of a dry run
         hooks = (
             model.register_forward_pre_hook(_Hook(self, "before_call")),
-            model.register_forward_hook(_Hook(self, "after_call"), always_call=True),
+            model.register_forward_hook(
+                _Hook(self, "after_call"), always_call=True, prepend=True
+            ),  # last in, first out
         )
         for hook in hooks:
             weakref.finalize(self, hook.remove)

@@ -39,6 +39,12 @@ class Saved:
         self.targets.append(target)
         self.values.append(value)
 
+    def __reduce__(self) -> tuple[type["Saved"], tuple[list[Tensor], list[Tensor]]]:
+        """In a copy nothing lies where the kernel knew it; what it moved, before the others, is like them there."""
+        moved = [param for kept in self.kept for param in kept.params]
+        values = [value for kept in self.kept for value in kept.values()]
+        return Saved, (moved + self.targets, values + self.values)
+
     def restore_(self) -> None:
         """Copy the values into the parameters' own storage.
 

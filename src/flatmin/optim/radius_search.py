@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
+import torch
 from torch.amp import GradScaler
 
 from flatmin.optim.closures import Closure, as_closures
@@ -28,7 +29,7 @@ def suggest_rho(
     is a quantity that one can name. Near w it is ``rho ||g||``, so the radius shrinks as the gradient grows.
 
     Nothing of the model or the optimizer is altered. Each radius tried costs ``1 + ascent_steps`` calls of every
-    closure, about ten radii in all.
+    closure, about ten radii in all. Processes that train one model find one radius, for the mean of their losses.
 
     Args:
         optimizer: The optimizer, with the pieces and the weights that matter.
@@ -76,7 +77,10 @@ def suggest_rho(
             rises = [run.step(each).rise for each in closures]
             if any(value is None for value in rises):
                 raise TypeError("closure must return the loss, got None")
-            mean = sign * math.fsum(value for value in rises if value is not None) / len(rises)
+            own = sign * math.fsum(value for value in rises if value is not None) / len(rises)
+            mean = float(
+                run.passes.mean_over_processes(torch.tensor(own, dtype=torch.float64, device=run.passes.device))
+            )
             return math.inf if math.isnan(mean) else mean  # as high as can be
 
         return _crossing(rise, target_rise, first or _START, tolerance)

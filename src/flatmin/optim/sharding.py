@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -44,6 +44,15 @@ def placed_like(tensor: Tensor, owner: Tensor) -> Tensor:
 def whole(tensor: Tensor, owner: Tensor) -> Tensor:
     """The tensor of which this process has a part, shaped like the parameter; every process must ask for it."""
     return placed_like(tensor, owner).full_tensor() if is_sharded(owner) else tensor  # type: ignore[attr-defined]
+
+
+def mean_over_mesh(value: Tensor, params: Iterable[Tensor]) -> Tensor:
+    """The mean of a value over the processes that parameters are spread over; the value itself where they are whole."""
+    owner = next(filter(is_sharded, params), None)
+    if owner is None:
+        return value
+    mesh = owner.device_mesh  # type: ignore[attr-defined]
+    return _all_reduce(value, tuple(map(mesh.get_group, range(mesh.ndim))), "sum") / mesh.size()
 
 
 @dataclass(frozen=True)

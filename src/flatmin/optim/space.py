@@ -158,10 +158,15 @@ def active_space(
 
     Raises:
         RuntimeError: A gradient is sparse.
-        ValueError: A group's ``rho`` was scheduled below zero.
+        ValueError: A group's ``rho`` was scheduled below zero, or it has none.
     """
     groups = []
     for options in optimizer.param_groups:
+        if "rho" not in options:
+            raise ValueError(
+                "rho must be an entry of every group, got one without: give later groups to add_param_group() of the "
+                "sharpness-aware optimizer, not of its base"
+            )
         if not options["rho"] >= 0.0:
             raise ValueError(f"rho must be >= 0, got {options['rho']}")
         group = _dense_group(options, names)

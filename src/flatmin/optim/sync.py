@@ -30,7 +30,7 @@ class GradientSync:
 
     Attributes:
         sync: The same, with groups of one called ``"local"`` and one group of all ``"global"``.
-        has_shared: Whether the gradients of the pass whose forward ran last are averaged over all replicas.
+        has_shared: Whether DDP averages the gradients of the pass whose forward ran last over all replicas.
 
     Raises:
         ValueError: n does not divide the number of replicas.
@@ -40,7 +40,8 @@ class GradientSync:
         self.has_shared = True
         self._replicas = replicas
         self._all: Any = replicas[0].process_group
-        self._has_unused = any(replica.find_unused_parameters for replica in replicas)
+        self._is_static = all(replica.static_graph for replica in replicas)
+        self._may_differ = any(replica.find_unused_parameters or replica.static_graph for replica in replicas)
         self._neighbours: Any = None
         self._flags: list[tuple[bool, bool]] = []  # of each replica, while one of our forward passes runs
         ranks = torch.distributed.get_process_group_ranks(self._all)
@@ -79,7 +80,6 @@ class GradientSync:
             )
             for replica in self._replicas
         ]
-        self.has_shared = shares and all(is_on for is_on, _ in self._flags)
         for replica in self._replicas:
             replica.require_forward_param_sync = False
             if not shares:
@@ -88,8 +88,14 @@ class GradientSync:
                     replica._static_graph_delay_allreduce_enqueued = True
 
     def end_forward(self) -> None:
-        """After a forward pass: leave DDP as it was."""
-        for replica, (is_on, is_enqueued) in zip(self._replicas, self._flags, strict=bool(self._flags)):
+        """After a forward pass: see what DDP has noted of it, and leave DDP as it was.
+
+        Another optimizer of the same model may have told it not to average, where this one would have it do so.
+        """
+        if not self._flags:  # a pass without gradient
+            return
+        self.has_shared = all(replica.require_forward_param_sync for replica in self._replicas)
+        for replica, (is_on, is_enqueued) in zip(self._replicas, self._flags, strict=True):
             replica.require_backward_grad_sync = is_on
             if replica.static_graph:
                 replica._static_graph_delay_allreduce_enqueued = is_enqueued
@@ -119,10 +125,11 @@ class GradientSync:
         Raises:
             RuntimeError: The replicas may not have found it of the same parameters.
         """
-        if tensors and self._has_unused:
+        if tensors and self._may_differ:
             raise RuntimeError(
-                'sync must be "global" with find_unused_parameters=True for a method that keeps tensors from step to '
-                f"step, got {self.sync!r}: replicas that use different parameters have different ones"
+                'sync must be "global" for a method that keeps tensors from step to step where replicas may use '
+                "different parameters (find_unused_parameters=True, or a static graph in which they do), got "
+                f"{self.sync!r}: they have different ones"
             )
         _average(tensors, self._all)
 
@@ -134,12 +141,16 @@ class GradientSync:
 
     def _gradients(self, params: Sequence[Tensor]) -> list[Tensor]:
         """The gradients; zero where a parameter has one on other replicas only."""
-        if self._has_unused:
+        if self._may_differ:
             used = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
             torch.distributed.all_reduce(used, group=self._all)
-            for param, number in zip(params, used.tolist(), strict=True):
+            numbers = used.tolist()
+            for param, number in zip(params, numbers, strict=True):
                 if number and param.grad is None:
                     param.grad = torch.zeros_like(param)
+            if self._is_static:  # one look is enough
+                size = torch.distributed.get_world_size(self._all)
+                self._may_differ = any(0 < number < size for number in numbers)
         return [param.grad for param in params if param.grad is not None]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GradientSync":

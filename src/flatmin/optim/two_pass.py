@@ -16,6 +16,7 @@ from flatmin.optim.overflow import Overflow
 from flatmin.optim.passes import Replay
 from flatmin.optim.plan import Plan
 from flatmin.optim.seeding import seed_of
+from flatmin.optim.sharding import mean_over_mesh
 from flatmin.optim.space import Space, active_space, as_owned, every_space
 from flatmin.optim.sync import GradientSync
 from flatmin.optim.visit import Visit
@@ -198,6 +199,10 @@ class TwoPass:
         self.sum = GradientSum()
         if self.sync is not None:
             self.sync.finish()
+
+    def mean_over_processes(self, value: Tensor) -> Tensor:
+        """The mean of what each process finds on its own data, for decisions on which they must agree; 0-dim."""
+        return mean_over_mesh(value, self.params()) if self.sync is None else self.sync.mean(value)
 
     def space(self) -> Space:
         """The parameters that have a gradient now."""

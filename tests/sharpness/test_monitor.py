@@ -127,7 +127,7 @@ def test_what_is_not_finite_or_has_no_fifth_eigenvalue_is_nan() -> None:
         ({"measures": ("trace", "trace")}, "each once"),
         ({"budget": 0.0}, "budget must be > 0, got 0.0"),
         ({"budget": math.nan}, "budget must be > 0, got nan"),
-        ({"m": 0}, "m must be >= 1, got 0"),
+        ({"m": 0}, "m must be an integer >= 1, got 0"),
         ({"rho": -1.0}, "rho must be >= 0 and finite, got -1.0"),
         ({"rho": math.inf}, "rho must be >= 0 and finite, got inf"),
     ],

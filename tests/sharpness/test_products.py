@@ -255,7 +255,7 @@ def test_batch_norm_must_be_chosen() -> None:
             {"hvp": "finite_differences", "difference_step": float("inf")},
             "difference_step must be > 0 and finite, got inf",
         ),
-        ({"micro_batch": 0}, "micro_batch must be >= 1, got 0"),
+        ({"micro_batch": 0}, "micro_batch must be an integer >= 1, got 0"),
     ],
 )
 def test_settings_outside_their_domain_are_refused(options, message) -> None:

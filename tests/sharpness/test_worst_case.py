@@ -230,11 +230,11 @@ def test_it_prints_its_value_cost_and_settings() -> None:
         ({"rho": -0.1}, "rho must be >= 0 and finite, got -0.1"),
         ({"rho": math.nan}, "rho must be >= 0 and finite, got nan"),
         ({"p": 0.5}, "p must be >= 1, got 0.5"),
-        ({"steps": 0}, "ascent_steps must be an integer >= 1, got 0"),
+        ({"steps": 0}, "steps must be an integer >= 1, got 0"),
         ({"steps": 2, "p": 3.0}, "ascent_steps must be 1 unless p is 2 or infinity"),
         ({"restarts": 0}, "restarts must be an integer >= 1, got 0"),
         ({"restarts": 2, "p": 1.0}, "restarts must be 1 unless p is 2 or infinity"),
-        ({"m": 0}, "m must be >= 1, got 0"),
+        ({"m": 0}, "m must be an integer >= 1, got 0"),
         ({"m": 9}, "m must be at most the number of examples in a batch of the loader, got 9"),
     ],
 )

@@ -43,9 +43,8 @@ class Replay:
         self.is_paused = False  # while the model is traced, or makes passes of a dry run
         hooks = (
             model.register_forward_pre_hook(_Hook(self, "before_call")),
-            model.register_forward_hook(
-                _Hook(self, "after_call"), always_call=True, prepend=True
-            ),  # last in, first out
+            # Of two replays of one model the second begins later and ends sooner.
+            model.register_forward_hook(_Hook(self, "after_call"), always_call=True, prepend=True),
         )
         for hook in hooks:
             weakref.finalize(self, hook.remove)

@@ -51,8 +51,9 @@ def mean_over_mesh(value: Tensor, params: Iterable[Tensor]) -> Tensor:
     owner = next(filter(is_sharded, params), None)
     if owner is None:
         return value
-    mesh = owner.device_mesh  # type: ignore[attr-defined]
-    return _all_reduce(value, tuple(map(mesh.get_group, range(mesh.ndim))), "sum") / mesh.size()
+    mesh: Any = owner.device_mesh  # type: ignore[attr-defined]
+    total = _all_reduce(value, tuple(map(mesh.get_group, range(mesh.ndim))), "sum")
+    return total / int(mesh.size())
 
 
 @dataclass(frozen=True)

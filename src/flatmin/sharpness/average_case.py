@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from flatmin.optim import Adaptive
+from flatmin.sharpness.counts import checked_count
 from flatmin.sharpness.interval import mean_and_half_width
 from flatmin.sharpness.loss_functions import LossFn
 from flatmin.sharpness.measure import Measure, NotFiniteError
@@ -70,8 +71,7 @@ def average_case(
     start = time.perf_counter()
     if not 0.0 <= sigma < math.inf:
         raise ValueError(f"sigma must be >= 0 and finite, got {sigma}")
-    if not num_draws >= 2:
-        raise ValueError(f"num_draws must be >= 2, got {num_draws}")
+    num_draws = checked_count("num_draws", num_draws, 2)
     objective = Objective(model, loss_fn, data, **options)
     generator = torch.Generator().manual_seed(seed)
     rises = []

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flatmin.optim import joint_norm
+from flatmin.sharpness.counts import checked_count
 from flatmin.sharpness.lanczos import Tridiagonal, lanczos
 from flatmin.sharpness.loss_functions import LossFn
 from flatmin.sharpness.measure import Measure
@@ -122,6 +123,7 @@ def hessian_eigenvalues(  # noqa: PLR0913 - each setting is one keyword
     """
     start = time.perf_counter()
     objective = Objective(model, loss_fn, data, **loss_options(options))
+    k, max_iterations = checked_count("k", k), checked_count("max_iterations", max_iterations)
     wanted = _Wanted(k, which, tolerance, max_iterations)
     wanted.check_fits(objective.num_params)
     generator = torch.Generator().manual_seed(seed)

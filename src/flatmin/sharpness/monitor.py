@@ -8,6 +8,7 @@ from typing import Any, Literal, Unpack, get_args
 from torch import nn
 
 from flatmin.sharpness.average_case import average_case
+from flatmin.sharpness.counts import checked_count
 from flatmin.sharpness.eigenvalues import hessian_eigenvalues
 from flatmin.sharpness.loss_functions import LossFn
 from flatmin.sharpness.measure import NotFiniteError
@@ -67,12 +68,10 @@ class SharpnessMonitor:
             raise ValueError(f"budget must be > 0, got {budget}")
         if not 0.0 <= rho < math.inf:
             raise ValueError(f"rho must be >= 0 and finite, got {rho}")
-        if m is not None and not m >= 1:
-            raise ValueError(f"m must be >= 1, got {m}")
         self.measures = tuple(measures)
         self.budget = budget
         self.rho = rho
-        self.m = m
+        self.m = None if m is None else checked_count("m", m)
         self.start()
 
     def start(self) -> None:

@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
 from flatmin.sharpness.batches import micro_batches, num_examples, to_device
+from flatmin.sharpness.counts import checked_count
 from flatmin.sharpness.loss_functions import LossFn, as_scalar, on_batches
 from flatmin.sharpness.measure import Setting
 from flatmin.sharpness.ranks import share_buffers_, sum_over_ranks
@@ -68,7 +69,8 @@ class Objective:
         self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         self.data = data
         self.loss_fn = on_batches(loss_fn)
-        self.micro_batch = options.get("micro_batch")
+        micro_batch = options.get("micro_batch")
+        self.micro_batch = None if micro_batch is None else checked_count("micro_batch", micro_batch)
         self.batch_norm = _checked_batch_norm(self.model, options.get("batch_norm"), self.micro_batch)
         self.selection = options.get("params")
         named = select_params(self.model, self.selection)
@@ -247,9 +249,6 @@ def _checked_batch_norm(
 ) -> BatchStatistics | None:
     if batch_norm is None and batch_norm_layers(model):
         raise ValueError("batch_norm must be 'batch' or 'running' for a model with batch norm layers, got None")
-    if micro_batch is not None:
-        if not micro_batch >= 1:
-            raise ValueError(f"micro_batch must be >= 1, got {micro_batch}")
-        if batch_norm == "batch" and batch_norm_layers(model):
-            raise ValueError("micro_batch must be None with batch_norm='batch': smaller batches have other statistics")
+    if micro_batch is not None and batch_norm == "batch" and batch_norm_layers(model):
+        raise ValueError("micro_batch must be None with batch_norm='batch': smaller batches have other statistics")
     return batch_norm

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor, nn
 
+from flatmin.sharpness.counts import checked_count
 from flatmin.sharpness.interval import mean_and_half_width, student_quantile
 from flatmin.sharpness.lanczos import Tridiagonal, lanczos
 from flatmin.sharpness.loss_functions import LossFn
@@ -89,9 +90,7 @@ def spectral_density(
         Ghorbani et al. (2019), arXiv:1901.10159, Algorithms 1 and 2; Lin et al. (2016), arXiv:1308.5467.
     """
     start = time.perf_counter()
-    for name, number in (("num_vectors", num_vectors), ("num_steps", num_steps)):
-        if not number >= 1:
-            raise ValueError(f"{name} must be >= 1, got {number}")
+    num_vectors, num_steps = checked_count("num_vectors", num_vectors), checked_count("num_steps", num_steps)
     if width is not None and not 0.0 < width < math.inf:
         raise ValueError(f"width must be > 0 and finite, got {width}")
     objective = Objective(model, loss_fn, data, **loss_options(options))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flatmin.optim import joint_dot
+from flatmin.sharpness.counts import checked_count
 from flatmin.sharpness.interval import mean_and_half_width
 from flatmin.sharpness.loss_functions import LossFn
 from flatmin.sharpness.measure import Measure
@@ -84,8 +85,7 @@ def hessian_trace(
     if estimator not in get_args(Estimator):
         raise ValueError(f"estimator must be 'hutchinson' or 'hutch++', got {estimator!r}")
     fewest = 2 if estimator == "hutchinson" else 4
-    if not num_products >= fewest:
-        raise ValueError(f"num_products must be >= {fewest} for {estimator}, got {num_products}")
+    num_products = checked_count("num_products", num_products, fewest, f"for {estimator}")
     objective = Objective(model, loss_fn, data, **loss_options(options))
     generator = torch.Generator().manual_seed(seed)
     with objective.measuring():

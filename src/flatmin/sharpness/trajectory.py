@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flatmin.sharpness.counts import checked_count
+
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
@@ -45,7 +47,8 @@ def principal_directions(checkpoints: Sequence[Sequence[Tensor]], num_directions
     shapes = {tuple(tuple(tensor.shape) for tensor in checkpoint) for checkpoint in checkpoints}
     if len(shapes) > 1:
         raise ValueError("checkpoints must hold parameters of the same shapes, got several")
-    if not 1 <= num_directions < num:
+    num_directions = checked_count("num_directions", num_directions)
+    if not num_directions < num:
         raise ValueError(f"num_directions must be from 1 to {num - 1} for {num} checkpoints, got {num_directions}")
     gram = torch.zeros(num, num, dtype=torch.float64)
     for rows in _by_parameter(checkpoints):

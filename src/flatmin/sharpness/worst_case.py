@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flatmin.optim import Adaptive, Ball
+from flatmin.sharpness.counts import checked_count
 from flatmin.sharpness.interval import mean_and_half_width
 from flatmin.sharpness.loss_functions import LossFn
 from flatmin.sharpness.measure import Measure, NotFiniteError
@@ -87,9 +88,9 @@ def worst_case(  # noqa: PLR0913 - each setting is one keyword
     """
     start = time.perf_counter()
     objective = Objective(model, loss_fn, data, **options)
+    steps, restarts = checked_count("steps", steps), checked_count("restarts", restarts)
     ascent = _Ascent(Ball(p, metric_of(adaptive)), rho, steps, restarts)
-    if m is not None and not m >= 1:
-        raise ValueError(f"m must be >= 1, got {m}")
+    m = None if m is None else checked_count("m", m)
     generator = torch.Generator().manual_seed(seed)
     with objective.measuring():
         with nullcontext(iter([objective])) if m is None else objective.groups_of(m) as parts:
@@ -138,8 +139,6 @@ class _Ascent:
         if not 0.0 <= self.rho < math.inf:
             raise ValueError(f"rho must be >= 0 and finite, got {self.rho}")
         self.ball.check_ascent_steps(self.steps)
-        if not isinstance(self.restarts, int) or not self.restarts >= 1:
-            raise ValueError(f"restarts must be an integer >= 1, got {self.restarts}")
         if self.restarts > 1 and self.ball.p not in (2.0, math.inf):
             raise ValueError(
                 f"restarts must be 1 unless p is 2 or infinity, got {self.restarts} with p = {self.ball.p}"

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.functional import cross_entropy
 
 import flatmin
@@ -96,6 +97,55 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit():
     _run(optimizer, model, range(4, 8), 2)
     _run(resumed_optimizer, resumed, range(4, 8), 2)
     assert torch.equal(everything(resumed), everything(model))
+
+
+@pytest.mark.parametrize("num_steps", [0, 4])
+def test_torch_distributed_checkpoint_resumes_bit_for_bit(num_steps):
+    (model, optimizer), (resumed, resumed_optimizer), (untouched, other) = (
+        (network, flatmin.BSAM(network.parameters(), **OPTIONS, model=network))
+        for network in (tiny_network(), tiny_network(seed=1), tiny_network())
+    )
+    for network in (model, resumed, untouched):
+        network.unused.requires_grad_(False)  # torch asks for a state of every parameter that has gradients
+    for each, network in ((optimizer, model), (other, untouched)):
+        _run(each, network, range(num_steps))
+    saved = copy.deepcopy(get_state_dict(model, optimizer))
+    set_state_dict(resumed, resumed_optimizer, model_state_dict=saved[0], optim_state_dict=saved[1])
+    for each, network in ((optimizer, model), (resumed_optimizer, resumed), (other, untouched)):
+        _run(each, network, range(num_steps, num_steps + 3))
+    assert torch.equal(everything(resumed), everything(model))
+    assert torch.equal(everything(untouched), everything(model))
+
+
+def test_no_closure_is_refused_where_a_step_would_be_taken():
+    model = tiny_network()
+    with pytest.raises(TypeError, match="closure must be a function that returns the loss, .* got None"):
+        flatmin.BSAM(model.parameters(), **OPTIONS).step()
+
+
+@pytest.mark.parametrize("only_call", [1, 2])
+def test_a_gradient_that_one_pass_lacks_is_zero_there(only_call):
+    """As in the box, of which ``|g|`` or ``g_p`` is zero then."""
+    both, one = (nn.Parameter(torch.tensor([0.5, -1.0], dtype=torch.float64)) for _ in range(2))
+    optimizer = flatmin.BSAM([both, one], **OPTIONS)
+    before = one.detach().clone()
+    slope = torch.tensor([3.0, -2.0], dtype=torch.float64)
+    num_calls = 0
+
+    def closure():
+        nonlocal num_calls
+        num_calls += 1
+        optimizer.zero_grad()
+        loss = both.sum() + (one @ slope if num_calls == only_call else 0.0)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    decay, damping, lr = (OPTIONS[name] for name in ("weight_decay", "damping", "lr"))
+    g, g_p = (slope if call == only_call else torch.zeros_like(slope) for call in (1, 2))
+    torch.testing.assert_close(one.detach(), before - lr * 0.1 * (g_p + decay * before))
+    precision = 0.999 + 0.001 * (g.abs() + damping + decay)
+    torch.testing.assert_close(optimizer.state[one]["precision"], precision)
 
 
 @pytest.mark.parametrize("failing_call", [1, 2])

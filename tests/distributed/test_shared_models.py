@@ -6,6 +6,7 @@ from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 
 import flatmin
+from flatmin.optim import SecondOrderSAM
 from replicas import by_closure, by_two_steps, closure_on, is_same_everywhere, network, parameters_of, replicated, sgd
 
 DOORS = {"closure": by_closure, "two steps": by_two_steps}
@@ -58,6 +59,21 @@ def test_processes_find_one_radius_for_the_mean_of_their_losses(two_ranks, kind)
     if kind == "ddp":
         assert alone != other_alone
         assert min(alone, other_alone) < first < max(alone, other_alone)
+
+
+def _second_order():
+    for wrapped, message in (
+        (replicated(network()), "model must not be in DistributedDataParallel"),
+        (fully_shard(network()), "base must have whole parameters"),
+    ):
+        base = sgd(wrapped)
+        with pytest.raises(ValueError, match=message):
+            SecondOrderSAM(base, model=wrapped)
+        flatmin.SAM(base, model=wrapped)  # the refusal has left no mark on the base
+
+
+def test_second_order_refuses_models_whose_gradients_it_would_not_share(two_ranks):
+    two_ranks.run(_second_order)
 
 
 class _Unequal(nn.Module):

@@ -12,7 +12,7 @@ from flatmin.optim.diagnostics import Diagnostics
 from flatmin.optim.freshness import has_fresh_gradient, mark_used
 from flatmin.optim.progress import require
 from flatmin.optim.two_pass import TwoPass
-from flatmin.optim.wrapper import Wrapper
+from flatmin.optim.wrapper import Wrapper, only_creates_state
 
 
 class LoopDoors(Wrapper):
@@ -195,7 +195,7 @@ class LoopDoors(Wrapper):
         if progress.is_complete:
             passes.require_backward()  # model.zero_grad() may have come in between
             self._step_base(scaler)
-        elif self._only_creates_state():
+        elif only_creates_state(self):
             pieces = passes.plan.pieces
             self._create_state((*pieces.direction.remembers, *pieces.combine.remembers))
         else:

@@ -22,7 +22,7 @@ from flatmin.optim.rounding import Rounding, check_rounding
 from flatmin.optim.schedules import RhoSchedule
 from flatmin.optim.space import Space, active_space
 from flatmin.optim.when import Always, GradientWhen, When
-from flatmin.optim.wrapper import names_of
+from flatmin.optim.wrapper import names_of, only_creates_state
 
 
 class OnePass(RestingWeights):
@@ -138,7 +138,7 @@ class OnePass(RestingWeights):
                 self.diagnostics.begin_step()
                 if isinstance(loss, Tensor):
                     self.diagnostics.loss = loss.detach()
-            if self._only_creates_state():
+            if only_creates_state(self):
                 self._create_state(self.direction.remembers)
             elif has_fresh_gradient(self._params()):
                 self._take_step(scaler)

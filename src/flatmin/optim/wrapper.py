@@ -64,14 +64,6 @@ class Wrapper(Optimizer):
     def _params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
 
-    def _only_creates_state(self) -> bool:
-        """Whether torch.distributed.checkpoint makes the base create its state, with lr and gradients of zero."""
-        return (
-            not self.state
-            and all(float(group.get("lr", 1.0)) == 0.0 for group in self.param_groups)
-            and not any(param.grad is not None and param.grad.any() for param in self._params())
-        )
-
     def _create_state(self, names: tuple[str, ...]) -> None:
         """What a first step would create: the base's state, and zeros under names of ours."""
         self.base.step()
@@ -164,6 +156,16 @@ class Wrapper(Optimizer):
                 f"rho must equal the {group.get('rho')} that the base already has from another sharpness-aware "
                 f"optimizer or its checkpoint, got {rho}: set group['rho'] after construction to change it"
             )
+
+
+def only_creates_state(optimizer: Optimizer) -> bool:
+    """Whether torch.distributed.checkpoint makes an optimizer create its state, with lr and gradients of zero."""
+    groups = optimizer.param_groups
+    return (
+        not optimizer.state
+        and all(float(group.get("lr", 1.0)) == 0.0 for group in groups)
+        and not any(param.grad is not None and param.grad.any() for group in groups for param in group["params"])
+    )
 
 
 def names_of(model: nn.Module | None, groups: list[dict[str, Any]]) -> dict[Tensor, str]:

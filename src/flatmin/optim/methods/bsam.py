@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from flatmin.optim.perturbation import Saved, perturb_
 from flatmin.optim.seeding import seed_of
 from flatmin.optim.sharding import is_sharded
 from flatmin.optim.space import refuse_sparse
+from flatmin.optim.wrapper import only_creates_state
 
 _RisesAndGradients = dict[Tensor, tuple[Tensor, Tensor]]  # sqrt(s) |g| and g_p of each parameter
 
@@ -105,20 +106,31 @@ class BSAM(Optimizer):
         super().add_param_group(param_group)
         _check_params(self.param_groups[-1]["params"])
 
+    @overload  # type: ignore[override]  # torch types a closure's loss as a float, and every user returns the tensor
+    def step(self, closure: Closure | Sequence[Closure]) -> Tensor: ...
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
     @torch.no_grad()
-    def step(self, closure: Closure | Sequence[Closure]) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Closure | Sequence[Closure] | None = None) -> Tensor | None:
         """Take a step.
 
         Args:
             closure: Zeroes the gradients, computes the loss, calls ``backward`` and returns the loss; called twice. Or
-                a list of them, one per micro-batch.
+                a list of them, one per micro-batch. Only torch.distributed.checkpoint gives none, to have the state
+                created.
 
         Returns:
             The loss at the sample of the posterior; of a list the mean.
 
         Raises:
+            TypeError: There is no closure.
             RuntimeError: A closure ran no backward pass.
         """
+        if closure is None and only_creates_state(self):
+            self._create_state([param for param in self._params() if param.grad is not None])
+            return None
         closures = as_closures(closure)
         closures[0] = refusing_leftovers(closures[0], self._params())
         self.diagnostics.begin_step()
@@ -154,7 +166,7 @@ class BSAM(Optimizer):
                 saved.restore_()
 
     def _both_passes(self, closure: Closure, index: int) -> tuple[Tensor, _RisesAndGradients]:
-        """The loss at a sample; ``sqrt(s) |g|`` there and the gradient at w + rho g / s."""
+        """The loss at a sample; ``sqrt(s) |g|`` there and the gradient at w + rho g / s, zero where one is missing."""
         saved = None
         if self._replay is not None:
             self._replay.begin(in_closure=True)
@@ -181,7 +193,8 @@ class BSAM(Optimizer):
                 saved.restore_()
             if self._replay is not None:
                 self._replay.finish()
-        return loss, {p: (rise, there[p]) for p, rise in zip(params, rises, strict=True) if p in there}
+        here = dict(zip(params, rises, strict=True))
+        return loss, {p: (_or_zeros(here.get(p), p), _or_zeros(there.get(p), p)) for p in {**here, **there}}
 
     def _update(self, total: _RisesAndGradients, number: int) -> None:
         """Momentum, weights and precision; nothing where a gradient is not finite."""
@@ -204,14 +217,18 @@ class BSAM(Optimizer):
     ) -> None:
         """The last three lines of the box; the rises are spent."""
         (beta1, beta2), decay = group["betas"], group["weight_decay"]
-        for param, precision in zip(params, self._precisions(params), strict=True):
-            if not self.state[param]:
-                self.state[param].update(momentum=torch.zeros_like(param), precision=precision)
+        self._create_state(params)
         momenta, precisions = ([self.state[param][name] for param in params] for name in ("momentum", "precision"))
         torch._foreach_lerp_(momenta, torch._foreach_add(grads, params, alpha=decay), 1.0 - beta1)
         torch._foreach_addcdiv_(params, momenta, precisions, value=-group["lr"])
         torch._foreach_add_(rises, group["damping"] + decay)
         torch._foreach_lerp_(precisions, rises, 1.0 - beta2)
+
+    def _create_state(self, params: list[Tensor]) -> None:
+        """Momentum 0 and the initial precision for those that have none yet."""
+        for param, precision in zip(params, self._precisions(params), strict=True):
+            if not self.state[param]:
+                self.state[param].update(momentum=torch.zeros_like(param), precision=precision)
 
     def _perturb_by_noise(self, generators: dict[torch.device, torch.Generator | None]) -> Saved:
         params = [param for param in self._params() if param.requires_grad]
@@ -255,6 +272,10 @@ class BSAM(Optimizer):
     def _clear_gradients(self) -> None:
         for param in self._params():
             param.grad = None
+
+
+def _or_zeros(found: Tensor | None, param: Tensor) -> Tensor:
+    return torch.zeros_like(param) if found is None else found
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from flatmin.optim.balls import spread
@@ -16,9 +17,10 @@ from flatmin.optim.memory import Memory
 from flatmin.optim.norms import joint_dot, joint_norm
 from flatmin.optim.passes import generators_of, set_generators
 from flatmin.optim.schedules import RhoSchedule, set_radii
+from flatmin.optim.sharding import is_sharded
 from flatmin.optim.space import ActiveGroup, Space, active_space, as_real, refuse_sparse
 from flatmin.optim.where import masked
-from flatmin.optim.wrapper import Wrapper
+from flatmin.optim.wrapper import Wrapper, only_creates_state
 
 _Slot = tuple[Any, str, Any]  # a module's parameters or buffers, a name in them, and a tensor
 
@@ -54,8 +56,8 @@ class SecondOrderSAM(Wrapper):
 
     Raises:
         TypeError: ``base`` is no optimizer, is itself sharpness-aware, or drives a closure of its own (LBFGS).
-        ValueError: A parameter is not one of the model's, which has a recurrent layer of torch, or rho is outside its
-            domain.
+        ValueError: A parameter is not one of the model's, or is sharded; the model has a recurrent layer of torch or is
+            in DistributedDataParallel; or rho is outside its domain.
 
     References:
         Foret et al. (2021), arXiv:2010.01412, section 2 (before Eq. 3) and Appendix C.4.
@@ -84,6 +86,13 @@ class SecondOrderSAM(Wrapper):
         self.rho_schedule = rho_schedule
         self.diagnostics = Diagnostics()
         self._memory = Memory(base)
+        if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+            raise ValueError(
+                "model must not be in DistributedDataParallel, which would not average these gradients, got one that "
+                "is: replicas would drift apart"
+            )
+        if any(map(is_sharded, self._params())):
+            raise ValueError("base must have whole parameters, got sharded ones (DTensor)")
         known = set(model.parameters())
         if any(param not in known for param in self._params()):
             raise ValueError("base must have parameters of model alone, got others")
@@ -109,7 +118,7 @@ class SecondOrderSAM(Wrapper):
             RuntimeError: The loss depends on no parameter, some gradient is sparse, or there are gradients that no step
                 has used: of a backward pass in the closure, or before the step, which would be lost.
         """
-        if closure is None and self._only_creates_state():
+        if closure is None and only_creates_state(self):
             self._create_state(())
             return None
         if not callable(closure):

@@ -23,7 +23,7 @@ from flatmin.train.models import build_model
 from flatmin.train.optimizers import build_optimizer
 from flatmin.train.sums import EpochSums
 
-__all__ = ["TrainingState", "average_of", "fresh_model"]
+__all__ = ["TrainingState", "average_of", "fresh_model", "unfit_checkpoint"]
 
 
 @dataclass
@@ -118,7 +118,17 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], rank: int) -> None:
-        """Return to a saved state, bit for bit."""
+        """Return to a saved state, bit for bit.
+
+        Raises:
+            TrainingError: It is that of another network or optimizer.
+        """
+        try:
+            self._load(state, rank)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise unfit_checkpoint(error) from error
+
+    def _load(self, state: Mapping[str, Any], rank: int) -> None:
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
         self.wall_seconds, self.metrics_bytes = state["wall_seconds"], state["metrics_bytes"]
         self.num_passes, self.num_perturbed_steps = state["num_passes"], state["num_perturbed_steps"]
@@ -159,3 +169,11 @@ def fresh_model(config: TrainConfig, *, pretrained: bool = True) -> nn.Module:
 def average_of(config: TrainConfig, model: nn.Module) -> AveragedModel:
     """The moving average that ``config`` asks for, around a copy of ``model``."""
     return averaged(model, config.ema_decay, ramp=config.ema_ramp, start=config.ema_start)
+
+
+def unfit_checkpoint(error: Exception) -> TrainingError:
+    """What to raise where a checkpoint is whole, but of another network than its configuration builds here."""
+    reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+    return TrainingError(
+        f"the newest checkpoint must fit the configuration, as one of the same versions of all packages does: {reason}"
+    )

@@ -1,0 +1,136 @@
+"""What a user may get wrong, or find damaged, ends in one line that names it, and costs no work."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flatmin.train.checkpoint import checkpoint_paths, load_newest_checkpoint
+from flatmin.train.cli import main
+from flatmin.train.journal import read_metrics
+
+SHORT = ["--accelerator=cpu", "--threads=1", "--batch-size=432", "--max-steps=2"]
+LONGER = [*SHORT[:-1], "--max-steps=3"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("a run") / "its directory"
+    assert main(["train", *SHORT, "--output-dir", str(directory)]) == 0
+    return directory
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int) -> str:
+    capsys.readouterr()
+    assert main(arguments) == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0].removeprefix("flatmin: error: ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to train on")
+@pytest.mark.parametrize("command", ["train", "evaluate", "relabel", "sharpness"])
+def test_device_that_is_not_there_is_named(command: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = ["--output-dir", str(run / "new")] if command == "train" else [str(run)]
+    error = error_of([command, *place, "--accelerator", "cuda"], capsys, code=1)
+    assert error.startswith("accelerator cuda with devices 1 must be on this machine: ")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sharpness", "landscape"])
+def test_threads_below_one_are_refused(command: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert error_of([command, str(run), "--threads", "0"], capsys, code=2) == "threads must be >= 1, got 0"
+
+
+@pytest.mark.parametrize(("command", "name"), [("export", "w.pt"), ("export", "w.safetensors"), ("relabel", "l.st")])
+def test_results_go_into_a_directory_that_is_not_there_yet(
+    command: str, name: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new one" / name
+    assert main([command, str(run), "--out", str(out)]) == 0
+    assert [path.name for path in out.parent.iterdir()] == [name]  # nothing temporary stays
+    (tmp_path / "file").touch()
+    assert "file" in error_of([command, str(run), "--out", str(tmp_path / "file" / name)], capsys, code=1)
+
+
+def test_option_that_is_no_yaml_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    error = error_of(["compare", "--methods", "sam", "--options", "sam.p=["], capsys, code=2)
+    assert error == "options must look like looksam.interval=10, for a compared method, got sam.p=["
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"lr: fast\n", b"epochs: 2.5\n", b"method_options: [1]\n", b"lr: -1\n"]
+)
+def test_configuration_that_is_wrong_is_named_with_its_file(
+    content: bytes, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "config.yaml").write_bytes(content)
+    assert str(run / "config.yaml") in error_of(["evaluate", str(run)], capsys, code=1)
+    assert str(run / "config.yaml") in error_of(["train", "--config", str(run / "config.yaml")], capsys, code=2)
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[1]", '{"run_dir": 1}'])
+def test_damaged_summary_costs_no_work(text: str, run: Path, finished: Path) -> None:
+    (run / "summary.json").write_text(text)
+    with pytest.warns(UserWarning, match=r"summary\.json is damaged .*; going on from the newest checkpoint"):
+        assert main(["train", *SHORT, "--output-dir", str(run)]) == 0
+    ours, theirs = (json.loads((place / "summary.json").read_text()) for place in (run, finished))
+    assert ours | {"run_dir": "", "wall_seconds": 0} == theirs | {"run_dir": "", "wall_seconds": 0}
+    assert read_metrics(run) == read_metrics(finished)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "export"])
+@pytest.mark.parametrize("change", ["another file", "another network"])
+def test_checkpoint_that_does_not_fit_is_refused_and_kept(
+    command: str, change: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (path,) = checkpoint_paths(run)
+    state = torch.load(path, weights_only=True)
+    if change == "another network":
+        state["model"].pop(next(iter(state["model"])))
+    torch.save(state if change == "another network" else {"weights": 1}, path)
+    kept = path.read_bytes()
+    arguments = ["train", *LONGER, "--output-dir", str(run)] if command == "train" else [command, str(run)]
+    assert "the newest checkpoint must fit the configuration" in error_of(arguments, capsys, code=1)
+    assert path.read_bytes() == kept
+
+
+def test_checkpoint_that_may_not_be_read_is_not_taken_for_a_damaged_one(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training would begin anew, and cut off the metrics."""
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("zipfile.ZipFile", forbidden)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        load_newest_checkpoint(run)
+
+
+def test_package_that_is_missed_on_the_way_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    error = error_of(["train", *SHORT, "--output-dir", str(tmp_path)], capsys, code=1)
+    assert error == "train needs the package torch.utils.tensorboard: pip install 'flatmin[train]'"
+
+
+def test_wandb_that_does_not_start_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+
+    def refused(**_: object) -> None:
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", refused)
+    error = error_of(["train", *SHORT, "--wandb", "--output-dir", str(tmp_path)], capsys, code=1)
+    assert "--wandb could not start Weights & Biases: No API key configured. (WANDB_MODE=offline" in error

@@ -3,14 +3,20 @@
 import json
 import shutil
 import sys
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from lightning_fabric import Fabric
+from PIL import Image
 
 from flatmin.train.checkpoint import checkpoint_paths, load_newest_checkpoint
 from flatmin.train.cli import main
 from flatmin.train.journal import read_metrics
+from flatmin.train.models import build_model
+from flatmin.train.sums import EpochSums
 
 SHORT = ["--accelerator=cpu", "--threads=1", "--batch-size=432", "--max-steps=2"]
 LONGER = [*SHORT[:-1], "--max-steps=3"]
@@ -134,3 +140,98 @@ def test_wandb_that_does_not_start_is_one_line(
     monkeypatch.setattr(wandb, "init", refused)
     error = error_of(["train", *SHORT, "--wandb", "--output-dir", str(tmp_path)], capsys, code=1)
     assert "--wandb could not start Weights & Biases: No API key configured. (WANDB_MODE=offline" in error
+
+
+def images_file(path: Path, count: int, num_classes: int, side: int = 8) -> list[str]:
+    """A file of random images, and the flags that train on it in batches of at most four."""
+    draws = np.random.default_rng(0)
+    arrays: dict[str, np.ndarray] = {}
+    for part in ("train", "test"):
+        arrays[f"{part}_images"] = draws.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+        arrays[f"{part}_labels"] = np.arange(count) % num_classes
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+    flags = ["train", "--dataset", "file", "--dataset-path", str(path), "--label-noise", "0", "--threads", "1"]
+    return [
+        *flags,
+        "--batch-size",
+        str(min(count, 4)),
+        "--max-steps",
+        "1",
+        "--output-dir",
+        str(path.parent / "of file"),
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_one_class_and_one_image_are_trained_on(count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = images_file(tmp_path / "one class.npz", count, 1)
+    noisy = [*command, "--label-noise", "0.4"]
+    assert "label_noise must be 0 for these images, got 0.4: num_classes" in error_of(noisy, capsys, code=1)
+    asymmetric = [*noisy, "--label-noise-kind", "asymmetric"]
+    assert "label_noise must be 0 for these images, got 0.4: num_classes" in error_of(asymmetric, capsys, code=1)
+    assert main(command) == 0
+    assert json.loads((tmp_path / "of file" / "summary.json").read_text())["eval_error_percent"] == 0.0
+
+
+def test_too_few_images_to_hold_any_out_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*images_file(tmp_path / "few.npz", 9, 2), "--eval-on", "validation"]
+    assert error_of(command, capsys, code=1) == (
+        "eval_on must be test for so few images: images must be at least 10 to hold out a tenth, got 9"
+    )
+
+
+@pytest.mark.parametrize(("model", "smallest"), [("small-cnn", 4), ("lenet-5", 12)])
+def test_images_too_small_for_the_network_are_refused(
+    model: str, smallest: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*images_file(tmp_path / "small.npz", 8, 2, side=smallest - 1), "--model", model]
+    assert error_of(command, capsys, code=1) == f"image_size must be >= {smallest} for {model}, got {smallest - 1}"
+    assert build_model(model, 2, 3, image_size=smallest)(torch.zeros(2, 3, smallest, smallest)).shape == (2, 2)
+    with pytest.raises(
+        RuntimeError, match=r"too small|greater than actual input"
+    ):  # control: the rule is not too strict
+        build_model(model, 2, 3)(torch.zeros(2, 3, smallest - 1, smallest - 1))
+
+
+def test_folder_without_classes_or_images_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "a folder"
+    command = ["train", "--dataset", "folder", "--dataset-path", str(folder), "--output-dir", str(tmp_path / "run")]
+    (folder / "test").mkdir(parents=True)
+    (folder / "train").mkdir()
+    assert str(folder) in error_of(command, capsys, code=1)
+    (folder / "train" / "a class").mkdir()
+    assert error_of(command, capsys, code=1) == f"{folder}: train_images must be at least one file, got none"
+
+
+@pytest.mark.parametrize("num_workers", ["0", "2"])
+def test_damage_that_is_no_os_error_names_its_image(
+    num_workers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part, name in product(("train", "test"), "ab"):
+        (tmp_path / part / name).mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / part / name / "0.bmp")
+    broken = tmp_path / "train" / "a" / "0.bmp"
+    content = bytearray(broken.read_bytes())
+    content[18:26] = np.array([100_000, 100_000], dtype="<i4").tobytes()  # width and height
+    broken.write_bytes(content)
+    with pytest.raises(Image.DecompressionBombError):  # control
+        Image.open(broken)
+    flags = ["--image-size", "8", "--batch-size", "2", "--label-noise", "0", "--threads", "1", "--max-steps", "1"]
+    place = ["--dataset-path", str(tmp_path), "--output-dir", str(tmp_path / "run"), "--num-workers", num_workers]
+    error = error_of(["train", "--dataset", "folder", *place, *flags], capsys, code=1)
+    assert error.startswith(
+        f"{broken} must be a whole image file, got one that says: Image size (10000000000 pixels) exceeds"
+    )
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_sums_of_an_epoch_outlive_a_change_in_the_number_of_processes(num_ranks: int) -> None:
+    """An elastic launcher starts a run again with the processes that are left."""
+    rows = torch.arange(14, dtype=torch.float64).view(2, 7)  # of two processes
+    sums = [EpochSums(torch.device("cpu")) for _ in range(num_ranks)]
+    for rank, each in enumerate(sums):
+        each.restore_(rows, rank, num_ranks)
+    torch.testing.assert_close(torch.stack([each.values for each in sums]).sum(dim=0), rows.sum(dim=0))
+    if num_ranks == 2:  # bit for bit where the number is the same
+        assert all(torch.equal(each.values, row) for each, row in zip(sums, rows, strict=True))
+    assert sums[0].gathered(Fabric(accelerator="cpu", devices=1)).shape == (1, 7)

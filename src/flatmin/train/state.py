@@ -117,18 +117,18 @@ class TrainingState:
             "sums": self.sums.gathered(fabric),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], rank: int) -> None:
-        """Return to a saved state, bit for bit.
+    def load_state_dict(self, state: Mapping[str, Any], rank: int, num_ranks: int) -> None:
+        """Return to a saved state, bit for bit; another number of processes may have saved it.
 
         Raises:
             TrainingError: It is that of another network or optimizer.
         """
         try:
-            self._load(state, rank)
+            self._load(state, rank, num_ranks)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise unfit_checkpoint(error) from error
 
-    def _load(self, state: Mapping[str, Any], rank: int) -> None:
+    def _load(self, state: Mapping[str, Any], rank: int, num_ranks: int) -> None:
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
         self.wall_seconds, self.metrics_bytes = state["wall_seconds"], state["metrics_bytes"]
         self.num_passes, self.num_perturbed_steps = state["num_passes"], state["num_perturbed_steps"]
@@ -137,7 +137,7 @@ class TrainingState:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
-        self.sums.restore_(state["sums"], rank)
+        self.sums.restore_(state["sums"], rank, num_ranks)
 
 
 def fresh_model(config: TrainConfig, *, pretrained: bool = True) -> nn.Module:
@@ -159,7 +159,7 @@ def fresh_model(config: TrainConfig, *, pretrained: bool = True) -> nn.Module:
             facts.num_classes,
             facts.image_shape[2],
             options,
-            image_size=config.image_size or facts.image_shape[0],
+            image_size=config.image_size or min(facts.image_shape[:2]),
         )
     except ValueError as error:
         raise TrainingError(str(error)) from error

@@ -5,15 +5,23 @@ from __future__ import annotations
 import os
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from flatmin.train.errors import TrainingError
 
-__all__ = ["atomic_write", "checkpoint_paths", "load_newest_checkpoint", "save_checkpoint", "write_state"]
+__all__ = [
+    "atomic_write",
+    "checkpoint_paths",
+    "load_newest_checkpoint",
+    "replaced_file",
+    "save_checkpoint",
+    "write_state",
+]
 
 
 def save_checkpoint(directory: Path, step: int, state: Mapping[str, Any], num_kept: int = 2) -> Path:
@@ -34,15 +42,10 @@ def write_state(path: Path, state: Mapping[str, Any]) -> Path:
     Raises:
         TrainingError: If the file cannot be written.
     """
-    temporary = path.with_suffix(".tmp")
     try:
-        with temporary.open("wb") as file:
+        with replaced_file(path) as file:
             torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        _move(temporary, path)
     except (OSError, RuntimeError) as error:  # torch turns an OSError of its file into a RuntimeError
-        temporary.unlink(missing_ok=True)
         reason = _root_cause(error)
         raise TrainingError(f"could not save {path}: {reason}; the previous checkpoint is untouched") from error
     return path
@@ -61,6 +64,8 @@ def load_newest_checkpoint(directory: Path) -> dict[str, Any] | None:
             if damaged is not None:
                 raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except PermissionError:  # which is no damage, and no reason to begin anew
+            raise
         except Exception as error:  # damage shows as an error of any kind
             warnings.warn(f"{path} is damaged ({error}); falling back to the one before", stacklevel=2)
         else:
@@ -75,12 +80,23 @@ def checkpoint_paths(directory: Path) -> list[Path]:
 
 def atomic_write(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash at any moment, sees the old content or the new."""
+    with replaced_file(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a new file that takes the name ``path`` when the block ends; where it fails the old one stays."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    _move(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        _move(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _move(temporary: Path, path: Path) -> None:

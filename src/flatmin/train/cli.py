@@ -76,11 +76,11 @@ def run_command(name: str, *arguments: str) -> None:
     module, function = COMMANDS[name][1].split(":")
     try:
         command = getattr(import_module(module), function)
+        command(list(arguments))  # it may import more on its way
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("flatmin"):
+        if (error.name or "flatmin").startswith("flatmin"):
             raise
         raise TrainingError(f"{name} needs the package {error.name}: pip install 'flatmin[train]'") from error
-    command(list(arguments))
 
 
 def failed(message: str, code: int) -> int:

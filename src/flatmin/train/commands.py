@@ -15,7 +15,7 @@ from rich.text import Text
 from flatmin.train.arguments import config_from_arguments
 from flatmin.train.config import Accelerator, Method
 from flatmin.train.config_file import config_to_yaml
-from flatmin.train.errors import UsageError
+from flatmin.train.errors import UsageError, check_threads
 from flatmin.train.evaluate import evaluate
 from flatmin.train.launch import make_fabric
 from flatmin.train.loaders import Split, eval_loader, read_images
@@ -62,6 +62,7 @@ class EvaluateArguments:
 def evaluate_command(arguments: list[str]) -> None:
     """``flatmin evaluate RUN [--split SPLIT]``: load the newest checkpoint and print a table."""
     asked = tyro.cli(EvaluateArguments, prog="flatmin evaluate", args=arguments)
+    check_threads(asked.threads)
     config, model, step = load_run(asked.run)
     config = replace(config, data_dir=asked.data_dir or config.data_dir)
     fabric = make_fabric(

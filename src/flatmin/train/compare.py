@@ -159,7 +159,13 @@ def parsed_options(own: CompareArguments) -> dict[str, tuple[tuple[str, Any], ..
         method, dot, name = key.partition(".")
         if not (dot and equals) or method not in own.methods:
             raise UsageError(f"options must look like looksam.interval=10, for a compared method, got {item}")
-        texts.setdefault(method, {})[name.replace("-", "_")] = yaml.safe_load(text)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UsageError(
+                f"options must look like looksam.interval=10, for a compared method, got {item}"
+            ) from error
+        texts.setdefault(method, {})[name.replace("-", "_")] = value
     try:
         return {method: canonical_options(method, typed_options(method, given)) for method, given in texts.items()}
     except ValueError as error:

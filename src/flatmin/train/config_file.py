@@ -51,7 +51,7 @@ def load_config(path: Path) -> TrainConfig:
         raise FileNotFoundError(f"there is no configuration file {path}")
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must map field names to values, got {type(values).__name__}")
@@ -59,9 +59,14 @@ def load_config(path: Path) -> TrainConfig:
     unknown = [str(name) for name in values if name not in hints]
     if unknown:
         raise ValueError(f"{path} has unknown fields: {', '.join(unknown)}")
-    typed = {name: typed_value(name, value, hints[name]) for name, value in values.items() if name != "method_options"}
-    options = typed_options(typed.get("method", TrainConfig.method), values.get("method_options") or {})
-    return TrainConfig(**typed, method_options=options)
+    try:
+        typed = {
+            name: typed_value(name, each, hints[name]) for name, each in values.items() if name != "method_options"
+        }
+        options = typed_options(typed.get("method", TrainConfig.method), values.get("method_options") or {})
+        return TrainConfig(**typed, method_options=options)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def typed_options(method: object, options: Any) -> tuple[tuple[str, Any], ...]:

@@ -1,6 +1,6 @@
 """The errors that end a command for a reason its user can act on."""
 
-__all__ = ["DirectoryInUse", "NonFiniteLossError", "TrainingError", "UsageError"]
+__all__ = ["DirectoryInUse", "NonFiniteLossError", "TrainingError", "UsageError", "check_threads"]
 
 
 class TrainingError(RuntimeError):
@@ -26,3 +26,9 @@ class NonFiniteLossError(TrainingError):
 
 class UsageError(ValueError):
     """The arguments of a command are wrong; the message says which and why in a sentence."""
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise ``UsageError`` for a number of CPU threads below 1; None leaves the number to torch."""
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads must be >= 1, got {threads}")

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 import tyro
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from flatmin.train.checkpoint import replaced_file
 from flatmin.train.config import TrainConfig
 from flatmin.train.errors import UsageError
 from flatmin.train.facts import facts_of
@@ -39,12 +40,12 @@ def export_command(arguments: list[str]) -> None:
         raise UsageError(f"out must end in {' or '.join(SUFFIXES)}, got {path}")
     config, model, step = load_run(asked.run)
     weights = plain_weights(model)
-    temporary = path.with_name(path.name + ".tmp")
-    if path.suffix == ".pt":
-        torch.save(weights, temporary)
-    else:
-        save_file(weights, temporary, metadata={"format": "pt", "model": config.model})
-    temporary.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced_file(path) as file:
+        if path.suffix == ".pt":
+            torch.save(weights, file)
+        else:
+            file.write(save(weights, metadata={"format": "pt", "model": config.model}))
     which = "averaged weights" if config.ema_decay > 0.0 else "weights"
     print(f"{which} of {config.model} after {step} steps: {len(weights)} tensors in {path}{_how_to_load(config)}")
 

@@ -98,11 +98,17 @@ def _started_wandb(config: TrainConfig) -> Any:
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
     values = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
-    return wandb.init(
-        project=config.wandb_project,
-        name=config.run_dir.name,
-        id=id_file.read_text(),
-        resume="allow",
-        dir=config.run_dir,
-        config=values,
-    )
+    try:
+        return wandb.init(
+            project=config.wandb_project,
+            name=config.run_dir.name,
+            id=id_file.read_text(),
+            resume="allow",
+            dir=config.run_dir,
+            config=values,
+        )
+    except Exception as error:  # of its settings, its network or its account, each of a kind of its own
+        reason = " ".join(str(error).split())
+        raise TrainingError(
+            f"--wandb could not start Weights & Biases: {reason} (WANDB_MODE=offline needs no account)"
+        ) from error

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from flatmin.train.checkpoint import replaced_file
 from flatmin.train.config import TrainConfig
 from flatmin.train.data.image_set import check_labels
 from flatmin.train.errors import TrainingError
@@ -16,10 +17,10 @@ __all__ = ["read_labels", "write_labels"]
 
 
 def write_labels(path: Path, config: TrainConfig, labels: Tensor) -> None:
-    """Write labels for the training images that ``config`` sees, int64 (N,), in their order."""
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({"train_labels": labels.cpu()}, temporary, metadata=_images_of(config))
-    temporary.replace(path)
+    """Write labels for the training images that ``config`` sees, int64 (N,), in their order; the directory is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced_file(path) as file:
+        file.write(save({"train_labels": labels.cpu()}, metadata=_images_of(config)))
 
 
 def read_labels(config: TrainConfig, num_images: int, num_classes: int) -> Tensor:

@@ -10,9 +10,11 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
 from lightning_fabric.strategies.strategy import Strategy
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch.nn.parallel import DistributedDataParallel
 
 from flatmin.train.config import TrainConfig
+from flatmin.train.errors import TrainingError
 
 __all__ = ["forward", "make_fabric"]
 
@@ -21,6 +23,9 @@ def make_fabric(config: TrainConfig) -> Fabric:
     """Choose devices, precision and strategy; ``launch()`` then starts the other processes, if any.
 
     Under ``torchrun`` the processes are there already; their number is taken from it unless the configuration says one.
+
+    Raises:
+        TrainingError: If this machine has no such devices.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -30,13 +35,19 @@ def make_fabric(config: TrainConfig) -> Fabric:
         num_nodes = int(os.environ["WORLD_SIZE"]) // devices
     several = devices != 1 or num_nodes > 1
     strategy: str | Strategy = _replicas() if config.strategy == "ddp" or several else "auto"
-    return Fabric(
-        accelerator=config.accelerator,
-        devices=devices,
-        num_nodes=num_nodes,
-        strategy=strategy,
-        precision=config.precision,
-    )
+    try:
+        return Fabric(
+            accelerator=config.accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
+            strategy=strategy,
+            precision=config.precision,
+        )
+    except (RuntimeError, ValueError, MisconfigurationException) as error:
+        reason = " ".join(str(error).split())
+        raise TrainingError(
+            f"accelerator {config.accelerator} with devices {config.devices} must be on this machine: {reason}"
+        ) from error
 
 
 def forward(fabric: Fabric, model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:

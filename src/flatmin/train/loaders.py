@@ -125,7 +125,10 @@ def checked_files(config: TrainConfig) -> FileSet:
     """Find the files of a data set, and raise ``ValueError`` unless it has the classes that it should have."""
     own_directory = config.data_dir / config.dataset if config.dataset in {"imagenet", "birdsnap"} else config.data_dir
     directory = config.dataset_path or own_directory
-    files = load_files(config.dataset, directory)
+    try:
+        files = load_files(config.dataset, directory)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from error
     num_classes = facts_of(config).num_classes
     if files.num_classes != num_classes:
         raise ValueError(f"{directory} must have {num_classes} classes of {config.dataset}, got {files.num_classes}")
@@ -211,13 +214,16 @@ def images_of_split(
     """Images and labels of one split as the run sees them: the training labels are those with noise.
 
     Raises:
-        TrainingError: If the run held out no validation images.
+        TrainingError: If the run held out no validation images, or there are too few to hold any out.
     """
     if split == "test":
         return image_set.test_images, image_set.test_labels
     images, labels = image_set.train_images, image_set.train_labels
     if config.eval_on == "validation":
-        train, validation = split_validation(images, labels, facts_of(config).num_extra)
+        try:
+            train, validation = split_validation(images, labels, facts_of(config).num_extra)
+        except ValueError as error:
+            raise TrainingError(f"eval_on must be test for so few images: {error}") from error
         if split == "validation":
             return validation
         images, labels = train
@@ -234,10 +240,16 @@ def training_labels(config: TrainConfig, labels: Tensor, classes: Sequence[str])
     """Labels to train on: those of the data set, or with noise, or those of a file.
 
     Raises:
-        TrainingError: If the file is missing or damaged, or does not belong to these images.
+        TrainingError: If the file is missing or damaged, or does not belong to these images, or they have one class and
+            are to get another.
     """
     if config.train_labels is not None:
         return read_labels(config, len(labels), len(classes))
-    if config.label_noise_kind == "asymmetric":
-        return flip_labels_to(labels, config.label_noise, mistaken_for(classes), config.seed)
-    return flip_labels(labels, config.label_noise, len(classes), config.seed)
+    if config.label_noise == 0.0:  # of one class too
+        return labels
+    try:
+        if config.label_noise_kind == "asymmetric":
+            return flip_labels_to(labels, config.label_noise, mistaken_for(classes), config.seed)
+        return flip_labels(labels, config.label_noise, len(classes), config.seed)
+    except ValueError as error:
+        raise TrainingError(f"label_noise must be 0 for these images, got {config.label_noise}: {error}") from error

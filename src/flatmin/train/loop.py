@@ -67,7 +67,7 @@ def run_epochs(config: TrainConfig, fabric: Fabric, console: Console) -> Summary
     saved = load_newest_checkpoint(config.run_dir)
     state = TrainingState.initial(config, fabric, len(loaders.train), pretrained=saved is None)
     if saved is not None:
-        state.load_state_dict(saved, fabric.global_rank)
+        state.load_state_dict(saved, fabric.global_rank, fabric.world_size)
         console.print(f"going on from step {state.step}")
     num_steps = config.epochs * state.num_batches
     limit = min(config.max_steps or num_steps, (config.max_epochs or config.epochs) * state.num_batches)

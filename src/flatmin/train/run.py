@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -54,11 +55,15 @@ def claim_directory(config: TrainConfig) -> None:
 
 
 def finished_summary(config: TrainConfig) -> Summary | None:
-    """The summary of a run that has nothing left to do, else None."""
+    """The summary of a run that has nothing left to do, else None; a damaged one is passed over with a warning."""
     path = config.run_dir / "summary.json"
     if not path.exists():
         return None
-    summary = replace(Summary.from_json(path.read_text()), run_dir=config.run_dir)
+    try:
+        summary = replace(Summary.from_json(path.read_text()), run_dir=config.run_dir)
+    except ValueError as error:  # the checkpoints are the run: it goes on from there, and writes another summary
+        warnings.warn(f"{path} is damaged ({error}); going on from the newest checkpoint", stacklevel=2)
+        return None
     reached_steps = config.max_steps is not None and summary.steps >= config.max_steps
     reached_epochs = config.max_epochs is not None and summary.epochs >= config.max_epochs
     return summary if summary.complete or reached_steps or reached_epochs else None

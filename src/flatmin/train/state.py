@@ -23,7 +23,7 @@ from flatmin.train.models import build_model
 from flatmin.train.optimizers import build_optimizer
 from flatmin.train.sums import EpochSums
 
-__all__ = ["TrainingState", "average_of", "fresh_model"]
+__all__ = ["TrainingState", "average_of", "fresh_model", "unfit_checkpoint"]
 
 
 @dataclass
@@ -117,8 +117,18 @@ class TrainingState:
             "sums": self.sums.gathered(fabric),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], rank: int) -> None:
-        """Return to a saved state, bit for bit."""
+    def load_state_dict(self, state: Mapping[str, Any], rank: int, num_ranks: int) -> None:
+        """Return to a saved state, bit for bit; another number of processes may have saved it.
+
+        Raises:
+            TrainingError: It is that of another network or optimizer.
+        """
+        try:
+            self._load(state, rank, num_ranks)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise unfit_checkpoint(error) from error
+
+    def _load(self, state: Mapping[str, Any], rank: int, num_ranks: int) -> None:
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
         self.wall_seconds, self.metrics_bytes = state["wall_seconds"], state["metrics_bytes"]
         self.num_passes, self.num_perturbed_steps = state["num_passes"], state["num_perturbed_steps"]
@@ -127,7 +137,7 @@ class TrainingState:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
-        self.sums.restore_(state["sums"], rank)
+        self.sums.restore_(state["sums"], rank, num_ranks)
 
 
 def fresh_model(config: TrainConfig, *, pretrained: bool = True) -> nn.Module:
@@ -149,7 +159,7 @@ def fresh_model(config: TrainConfig, *, pretrained: bool = True) -> nn.Module:
             facts.num_classes,
             facts.image_shape[2],
             options,
-            image_size=config.image_size or facts.image_shape[0],
+            image_size=config.image_size or min(facts.image_shape[:2]),
         )
     except ValueError as error:
         raise TrainingError(str(error)) from error
@@ -159,3 +169,11 @@ def fresh_model(config: TrainConfig, *, pretrained: bool = True) -> nn.Module:
 def average_of(config: TrainConfig, model: nn.Module) -> AveragedModel:
     """The moving average that ``config`` asks for, around a copy of ``model``."""
     return averaged(model, config.ema_decay, ramp=config.ema_ramp, start=config.ema_start)
+
+
+def unfit_checkpoint(error: Exception) -> TrainingError:
+    """What to raise where a checkpoint is whole, but of another network than its configuration builds here."""
+    reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+    return TrainingError(
+        f"the newest checkpoint must fit the configuration, as one of the same versions of all packages does: {reason}"
+    )

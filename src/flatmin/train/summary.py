@@ -51,6 +51,13 @@ class Summary:
 
     @classmethod
     def from_json(cls, text: str) -> Summary:
-        """Read what `to_json` wrote."""
-        values = json.loads(text)
-        return cls(**values | {"run_dir": Path(values["run_dir"])})
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: The text is something else.
+        """
+        try:
+            values = json.loads(text)
+            return cls(**values | {"run_dir": Path(values["run_dir"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"it is no summary of a run: {error}") from error

@@ -78,8 +78,10 @@ class EpochSums:
         assert isinstance(gathered, Tensor)
         return gathered
 
-    def restore_(self, rows: Tensor, rank: int) -> None:
-        """Take this replica's row of what `gathered` returned."""
+    def restore_(self, rows: Tensor, rank: int, num_ranks: int) -> None:
+        """Take this replica's row of what `gathered` returned; of another number of replicas the first takes all."""
+        if len(rows) != num_ranks:
+            rows = torch.cat([rows.sum(dim=0, keepdim=True), rows.new_zeros(num_ranks - 1, rows.shape[1])])
         self.values.copy_(rows[rank])
 
     def reset_(self) -> None:

@@ -11,7 +11,7 @@ from flatmin.train.checkpoint import load_newest_checkpoint
 from flatmin.train.config import TrainConfig
 from flatmin.train.config_file import load_run_config
 from flatmin.train.errors import TrainingError
-from flatmin.train.state import average_of, fresh_model
+from flatmin.train.state import average_of, fresh_model, unfit_checkpoint
 
 __all__ = ["TrainedRun", "load_run"]
 
@@ -38,9 +38,12 @@ def load_run(run_dir: Path) -> TrainedRun:
     if saved is None:
         raise TrainingError(f"{run_dir} has no checkpoint yet")
     model = fresh_model(config, pretrained=False)
-    if saved["ema"] is None:
-        model.load_state_dict(saved["model"], assign=True)  # keeps the dtype that the run had
-        return TrainedRun(config, model.eval(), saved["step"])
-    average = average_of(config, model)
-    average.load_state_dict(saved["ema"], assign=True)
-    return TrainedRun(config, average.module.eval(), saved["step"])
+    try:
+        if saved["ema"] is None:
+            model.load_state_dict(saved["model"], assign=True)  # keeps the dtype that the run had
+            return TrainedRun(config, model.eval(), saved["step"])
+        average = average_of(config, model)
+        average.load_state_dict(saved["ema"], assign=True)
+        return TrainedRun(config, average.module.eval(), saved["step"])
+    except (KeyError, RuntimeError) as error:
+        raise TrainingError(f"{run_dir}: {unfit_checkpoint(error)}") from error

@@ -55,9 +55,10 @@ def train_classes(directory: Path) -> list[str]:
     Raises:
         FileNotFoundError: There are none.
     """
-    if not (directory / "train").is_dir():
+    classes = directories_in(directory / "train") if (directory / "train").is_dir() else []
+    if not classes:
         raise FileNotFoundError(f"{directory} must hold a directory train with a directory per class")
-    return directories_in(directory / "train")
+    return classes
 
 
 def directories_in(directory: Path) -> list[str]:

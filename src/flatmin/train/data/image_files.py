@@ -148,7 +148,9 @@ class CropReader(Dataset[Tensor | str]):
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
-        except OSError as error:
+        except (
+            Exception
+        ) as error:  # an OSError nearly always; PIL has others for some damage, and for sizes beyond reason
             return f"{path} must be a whole image file, got one that says: {error}"
         box = centre_box(image.size, self.size)
         if crop is not None:

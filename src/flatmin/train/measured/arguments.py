@@ -9,7 +9,7 @@ import torch
 import tyro
 
 from flatmin.train.config import Accelerator, TrainConfig
-from flatmin.train.errors import UsageError
+from flatmin.train.errors import UsageError, check_threads
 from flatmin.train.launch import make_fabric
 from flatmin.train.loaders import Split
 from flatmin.train.measured.factory import subject_of_factory
@@ -53,6 +53,7 @@ def asked_subjects(asked: SubjectArguments) -> list[Subject]:
         UsageError: They name none, or both runs and a function, or the same run twice.
         TrainingError: A run or a checkpoint is missing or damaged.
     """
+    check_threads(asked.threads)
     if asked.threads is not None:
         torch.set_num_threads(asked.threads)
     if not asked.batch_size >= 1:

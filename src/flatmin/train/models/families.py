@@ -28,6 +28,7 @@ class Family:
         is_valid: Whether there is a network with these numbers.
         build: Makes the network from its numbers, the number of classes, the channels of the images and the options.
         options: Names of the fields of ``ModelOptions`` that it knows.
+        smallest_side: Of the images, in pixels; smaller ones would leave nothing after its pooling.
     """
 
     form: str
@@ -35,11 +36,22 @@ class Family:
     is_valid: Callable[..., bool]
     build: Callable[[list[int], int, int, ModelOptions], nn.Module]
     options: frozenset[str] = frozenset()
+    smallest_side: int = 1
 
 
 FAMILIES = (
-    Family("small-cnn", "small-cnn", lambda: True, lambda _, classes, channels, __: SmallCNN(classes, channels)),
-    Family("lenet-5", "lenet-5", lambda: True, lambda _, classes, channels, __: LeNet(classes, channels)),
+    Family(
+        *("small-cnn", "small-cnn"),
+        lambda: True,
+        lambda _, classes, channels, __: SmallCNN(classes, channels),
+        smallest_side=4,
+    ),
+    Family(
+        *("lenet-5", "lenet-5"),
+        lambda: True,
+        lambda _, classes, channels, __: LeNet(classes, channels),
+        smallest_side=12,
+    ),
     Family(
         "resnet-D with D = 6n + 2",
         f"resnet-{NUMBER}",
@@ -104,7 +116,8 @@ def build_model(
         num_classes: Number of logits.
         in_channels: Channels of the images.
         options: What differs from the defaults; None leaves all.
-        image_size: Side of the images; only networks that are built for one size, such as ViT, look at it.
+        image_size: Side of the images, the shorter one: for networks that are built for one size, such as ViT, or
+            need a smallest one.
 
     Returns:
         A module that maps float images (N, in_channels, H, W) to logits (N, num_classes).
@@ -120,6 +133,8 @@ def build_model(
     for family in FAMILIES:
         numbers = numbers_in(family, name)
         if numbers is not None:
+            if image_size is not None and image_size < family.smallest_side:
+                raise ValueError(f"image_size must be >= {family.smallest_side} for {name}, got {image_size}")
             return family.build(numbers, num_classes, in_channels, options)
     return build_timm_model(name, num_classes, in_channels, options, image_size)
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flatmin.train.config import TrainConfig, differing_fields
@@ -27,6 +28,16 @@ REFUSED = [
     ("seed", -1, "seed must be >= 0, got -1"),
     ("warmup_epochs", 60.0, "warmup_epochs must be < epochs \\(60\\), got 60.0"),
     ("epochs", 0, "epochs must be >= 1, got 0"),
+    ("epochs", 2.5, "epochs must be of type int, got 2.5"),
+    ("epochs", "3", "epochs must be of type int, got '3'"),
+    ("epochs", None, "epochs must be of type int, got None"),
+    ("epochs", True, "epochs must be of type int, got True"),
+    ("batch_size", 64.0, "batch_size must be of type int, got 64.0"),
+    ("max_steps", 1e4, "max_steps must be of type int, got 10000.0"),
+    ("keep_epochs", (0, 1.5), "keep_epochs must be of type int, got 1.5"),
+    ("seed", np.int64(1), r"seed must be of type int, got np\.int64\(1\)"),
+    ("rho", np.float64(0.5), r"rho must be of type float, got np\.float64\(0\.5\)"),
+    ("lr", "0.1", "lr must be of type float, got '0.1'"),
     ("batch_size", 0, "batch_size must be >= 1, got 0"),
     ("ascent_steps", 0, "ascent_steps must be >= 1, got 0"),
     ("eval_every", 0, "eval_every must be >= 1, got 0"),

@@ -171,6 +171,16 @@ def test_run_names_depend_on_what_decides_the_numbers_alone(tmp_path: Path) -> N
     assert len({run_name(other) for other in [config, *changed]}) == 5
 
 
+def test_workers_find_files_from_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fields = ("--dataset", "file", "--dataset-path", "own.npz", "--train-labels", "own.st", "--label-noise", "0")
+    (contender,) = plan_of("rho=0.1,0.2", fields=fields).contenders
+    (config, _) = contender.candidates
+    assert (config.dataset_path, config.train_labels) == (tmp_path / "own.npz", tmp_path / "own.st")
+    assert config.data_dir == tmp_path / "data"
+    assert config.weights is None
+
+
 def test_larger_grid_keeps_the_runs_of_the_smaller_one() -> None:
     def directories(plan: Plan) -> set[Path]:
         rows = range(len(plan.contenders))

@@ -45,6 +45,7 @@ def check_config(config: TrainConfig) -> None:
     if config.precision in {"16-mixed", "16-true", "16"}:
         raise ValueError(f"precision {config.precision} is not supported yet: it needs loss scaling; use bf16-mixed")
     _check_choices(config)
+    _check_numbers(config)
     _check_ranges(config)
     _check_data(config)
     _check_method(config)
@@ -65,6 +66,16 @@ def _check_choices(config: TrainConfig) -> None:
         if getattr(config, name) not in choices:
             allowed = ", ".join(choice for choice in choices if choice is not None)
             raise ValueError(f"{name} must be one of {allowed}, got {getattr(config, name)}")
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    """Refuse what is no plain number: 2.5 epochs, or a number of NumPy's, which no configuration file can hold."""
+    config_class: Any = type(config)
+    for name, (kind, may_be_none) in _numbers(config_class).items():
+        value = getattr(config, name)
+        for item in value if isinstance(value, tuple) else (value,):
+            if type(item) not in ({int, float} if kind is float else {int}) and not (item is None and may_be_none):
+                raise ValueError(f"{name} must be of type {kind.__name__}, got {item!r}")
 
 
 def _check_data(config: TrainConfig) -> None:
@@ -150,3 +161,14 @@ def _choices(config_class: type[TrainConfig]) -> dict[str, tuple[str | None, ...
         if len(kinds) == 1 and get_origin(kinds[0]) is Literal:  # a choice, or a choice or None
             choices[name] = (*get_args(kinds[0]), *([] if kinds[0] is hint else [None]))
     return choices
+
+
+@cache
+def _numbers(config_class: type[TrainConfig]) -> dict[str, tuple[type, bool]]:
+    """The fields that hold a number, or several: of which type, and whether None stands for one."""
+    numbers = {}
+    for name, hint in get_type_hints(config_class).items():
+        kinds = [kind for kind in get_args(hint) or (hint,) if kind not in (type(None), Ellipsis)]
+        if kinds in ([int], [float]):
+            numbers[name] = kinds[0], type(None) in get_args(hint)
+    return numbers

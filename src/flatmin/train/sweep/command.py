@@ -189,7 +189,9 @@ def with_device(config: TrainConfig, own: SweepArguments) -> TrainConfig:
     on_gpu = gpus_per_trial(own) > 0.0
     accelerator = config.accelerator if config.accelerator != "auto" else "cuda" if on_gpu else "cpu"
     threads = config.threads or (None if on_gpu else max(1, int(own.cpus_per_trial)))
-    return replace(config, accelerator=accelerator, threads=threads, data_dir=config.data_dir.absolute())
+    places = ("data_dir", "dataset_path", "train_labels", "weights")  # a worker may have another current directory
+    found = {name: path.absolute() for name in places if (path := getattr(config, name)) is not None}
+    return replace(config, accelerator=accelerator, threads=threads, **found)
 
 
 def gpus_per_trial(own: SweepArguments) -> float:

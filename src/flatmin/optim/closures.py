@@ -9,7 +9,7 @@ from torch import Tensor
 Closure = Callable[[], Tensor]
 
 
-def as_closures(closure: Closure | Sequence[Closure]) -> list[Closure]:
+def as_closures(closure: Closure | Sequence[Closure] | None) -> list[Closure]:
     """The closures as a list, each with gradients switched on: steps run without.
 
     Raises:

@@ -133,12 +133,7 @@ class Wrapper(Optimizer):
                     group.setdefault(name, entries[name])
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = {"step", "_zero_grad_profile_name", *_STATE_DICT_HOOKS}  # a scheduler patches `step` on the instance
-        return {
-            name: value
-            for name, value in self.__dict__.items()
-            if name not in dropped and not name.startswith("_optimizer_step")
-        }
+        return kept_in_copies(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -155,6 +150,16 @@ class Wrapper(Optimizer):
                 f"rho must equal the {group.get('rho')} that the base already has from another sharpness-aware "
                 f"optimizer or its checkpoint, got {rho}: set group['rho'] after construction to change it"
             )
+
+
+def kept_in_copies(optimizer: Optimizer) -> dict[str, Any]:
+    """The attributes of an optimizer but for hooks; torch's own copies keep groups and state alone."""
+    dropped = {"step", "_zero_grad_profile_name", *_STATE_DICT_HOOKS}  # a scheduler patches `step` on the instance
+    return {
+        name: value
+        for name, value in optimizer.__dict__.items()
+        if name not in dropped and not name.startswith("_optimizer_step")
+    }
 
 
 def only_creates_state(optimizer: Optimizer) -> bool:

@@ -20,7 +20,7 @@ from flatmin.optim.perturbation import Saved, perturb_
 from flatmin.optim.seeding import seed_of
 from flatmin.optim.sharding import is_sharded
 from flatmin.optim.space import refuse_sparse
-from flatmin.optim.wrapper import only_creates_state
+from flatmin.optim.wrapper import kept_in_copies, only_creates_state
 
 _RisesAndGradients = dict[Tensor, tuple[Tensor, Tensor]]  # sqrt(s) |g| and g_p of each parameter
 
@@ -164,6 +164,9 @@ class BSAM(Optimizer):
         finally:
             with torch.no_grad():
                 saved.restore_()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return kept_in_copies(self)
 
     def _both_passes(self, closure: Closure, index: int) -> tuple[Tensor, _RisesAndGradients]:
         """The loss at a sample; ``sqrt(s) |g|`` there and the gradient at w + rho g / s, zero where one is missing."""

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -97,6 +98,22 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit():
     _run(optimizer, model, range(4, 8), 2)
     _run(resumed_optimizer, resumed, range(4, 8), 2)
     assert torch.equal(everything(resumed), everything(model))
+
+
+@pytest.mark.parametrize("what", ["deepcopy", "pickle"])
+def test_a_copy_goes_on_like_the_original(what):
+    model = tiny_network()
+    optimizer = flatmin.BSAM(model.parameters(), **OPTIONS, model=model)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+    _run(optimizer, model, range(3))
+    scheduler.step()
+    both = (model, optimizer)
+    model_copy, optimizer_copy = copy.deepcopy(both) if what == "deepcopy" else pickle.loads(pickle.dumps(both))
+    _run(optimizer, model, range(3, 6))
+    _run(optimizer_copy, model_copy, range(3, 6))
+    assert torch.equal(everything(model_copy), everything(model))
+    assert optimizer_copy.diagnostics.num_steps == 6
+    optimizer_copy.load_state_dict(optimizer.state_dict())
 
 
 @pytest.mark.parametrize("num_steps", [0, 4])

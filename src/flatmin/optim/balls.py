@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flatmin.optim.arguments import check_number, check_pieces
 from flatmin.optim.metrics import Identity, Metric
 from flatmin.optim.norms import dual_order
 from flatmin.optim.radii import FirstOrderGain, Fixed, Radius, Unified
@@ -48,8 +49,8 @@ class Ball:
     radius: Radius = field(default_factory=Fixed)
 
     def __post_init__(self) -> None:
-        if not self.p >= 1.0:
-            raise ValueError(f"p must be >= 1, got {self.p}")
+        check_number("p", self.p, ">= 1")
+        check_pieces(metric=self.metric, radius=self.radius)
         if self.p != 2.0 and isinstance(self.radius, Unified | FirstOrderGain):  # which divide by the dual norm
             raise ValueError(f"p must be 2 with {type(self.radius).__name__}, got {self.p}")
 

@@ -1,12 +1,12 @@
 """Combinations: from the gradients found to the one that the base optimizer follows."""
 
-import math
 from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from flatmin.optim.arguments import check_number
 from flatmin.optim.space import Space
 
 
@@ -78,7 +78,7 @@ class Blend(Combine):
     needs_clean_gradient = True
 
     def __init__(self, alpha: float, *, unit_clean: bool = False) -> None:
-        _check_weight("alpha", alpha)
+        check_number("alpha", alpha, ">= 0 and finite")
         self.alpha = alpha
         self.unit_clean = unit_clean
         self.depends_on_scale = unit_clean
@@ -121,7 +121,7 @@ class Decoupled(Combine):
     needs_clean_gradient = True
 
     def __init__(self, weight: float) -> None:
-        _check_weight("weight", weight)
+        check_number("weight", weight, ">= 0 and finite")
         self.weight = weight
 
     def __call__(self, space: Space, clean: list[Tensor], perturbed: list[Tensor]) -> list[Tensor]:
@@ -150,7 +150,7 @@ class SurrogateGap(Combine):
     needs_clean_gradient = True
 
     def __init__(self, alpha: float, minimised: Literal["perturbed", "clean"] = "perturbed") -> None:
-        _check_weight("alpha", alpha)
+        check_number("alpha", alpha, ">= 0 and finite")
         if minimised not in ("perturbed", "clean"):
             raise ValueError(f'minimised must be "perturbed" or "clean", got {minimised!r}')
         self.alpha = alpha
@@ -196,7 +196,7 @@ class Reuse(Combine):
     remembers: tuple[str, ...] = ("across_gradient",)
 
     def __init__(self, alpha: float) -> None:
-        _check_weight("alpha", alpha)
+        check_number("alpha", alpha, ">= 0 and finite")
         self.alpha = alpha
 
     def __call__(self, space: Space, clean: list[Tensor], perturbed: list[Tensor]) -> list[Tensor]:
@@ -224,8 +224,3 @@ def across(space: Space, tensors: list[Tensor], other: list[Tensor]) -> list[Ten
 
 def _plus(left: list[Tensor], weight: float, right: list[Tensor]) -> list[Tensor]:
     return [a + weight * b for a, b in zip(left, right, strict=True)]
-
-
-def _check_weight(name: str, value: float) -> None:
-    if not 0.0 <= value < math.inf:
-        raise ValueError(f"{name} must be >= 0 and finite, got {value}")

@@ -5,6 +5,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from flatmin.optim.arguments import check_number
 from flatmin.optim.seeding import seed_of
 from flatmin.optim.space import Space
 
@@ -68,8 +69,7 @@ class SmoothedGradient:
     remembers: tuple[str, ...] = ("smoothed_gradient",)
 
     def __init__(self, theta: float) -> None:
-        if not 0.0 < theta <= 1.0:
-            raise ValueError(f"theta must be in (0, 1], got {theta}")
+        check_number("theta", theta, "in (0, 1]")
         self.theta = theta
 
     def __call__(self, space: Space) -> list[Tensor]:
@@ -98,10 +98,8 @@ class NoiseOfGradient:
     remembers: tuple[str, ...] = ("mean_gradient",)
 
     def __init__(self, sigma: float, lmbda: float) -> None:
-        if not 0.0 <= lmbda < 1.0:
-            raise ValueError(f"lmbda must be in [0, 1), got {lmbda}")
-        if not abs(sigma) < float("inf"):
-            raise ValueError(f"sigma must be finite, got {sigma}")
+        check_number("lmbda", lmbda, "in [0, 1)")
+        check_number("sigma", sigma, "finite")
         self.sigma = sigma
         self.lmbda = lmbda
 
@@ -186,8 +184,7 @@ class RandomDirection:
     remembers: tuple[str, ...] = ()
 
     def __init__(self, seed: int = 0, *, after_clean_pass: bool = False) -> None:
-        if not seed >= 0:
-            raise ValueError(f"seed must be >= 0, got {seed}")
+        check_number("seed", seed, ">= 0")
         self.seed = seed
         self.needs_clean_gradient = after_clean_pass
 

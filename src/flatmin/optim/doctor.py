@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.amp import GradScaler
 
+from flatmin.optim.arguments import check_number
 from flatmin.optim.checkup import Checkup, Finding, shown
 from flatmin.optim.closures import Closure, as_closures
 from flatmin.optim.dry_run import DryRun, DryStep, Look, check_two_passes, dry_run
@@ -59,8 +60,7 @@ def doctor(
         ['missing model']
     """
     check_two_passes(optimizer)
-    if not num_steps >= 1:
-        raise ValueError(f"num_steps must be >= 1, got {num_steps}")
+    check_number("num_steps", num_steps, ">= 1")
     closures = as_closures(closure)
     obstacles = tuple(_before(optimizer))
     if obstacles:

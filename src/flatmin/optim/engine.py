@@ -9,6 +9,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from flatmin.optim.accumulation import Reduction, check_reduction
+from flatmin.optim.arguments import check_pieces
 from flatmin.optim.balls import Ball
 from flatmin.optim.closure_passes import MicroBatches, run_passes
 from flatmin.optim.closures import Closure, as_closures
@@ -116,6 +117,8 @@ class SharpnessAware(LoopDoors):
     ) -> None:
         check_rounding(rounding)
         check_save_to(save_to)
+        check_pieces(direction=direction, ball=ball, when=when, combine=combine)
+        check_pieces(model=model, rho_schedule=rho_schedule)
         self.ball = ball or Ball()
         self.when = when or Always()
         self.ascent_steps = ascent_steps
@@ -222,6 +225,7 @@ class SharpnessAware(LoopDoors):
             RuntimeError: A step is under way.
             ValueError: See ``SharpnessAware``.
         """
+        check_pieces(model=model)
         self._require_home("attach")
         self._passes.attach(model, gradient_sync(model, list(self._params()), sync))
         self._passes.names = self._names_for_metric()

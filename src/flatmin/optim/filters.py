@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flatmin.optim.arguments import check_number
 from flatmin.optim.directions import Direction, Observer
 from flatmin.optim.sharding import local, placed_like, whole
 from flatmin.optim.space import Space
@@ -56,8 +57,7 @@ class ZScore:
     """
 
     def __init__(self, quantile: float) -> None:
-        if not 0.0 <= quantile < 1.0:
-            raise ValueError(f"quantile must be in [0, 1), got {quantile}")
+        check_number("quantile", quantile, "in [0, 1)")
         self.quantile = quantile
 
     def __call__(self, space: Space, tensors: list[Tensor]) -> list[Tensor]:

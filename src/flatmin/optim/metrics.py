@@ -1,11 +1,11 @@
 """Metrics: the diagonal scaling T in which a ball is measured, ``||T^-1 eps||_p <= rho``."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from flatmin.optim.arguments import check_number
 from flatmin.optim.space import Space
 
 Scaled = Literal["weights", "matrices", "all"]
@@ -77,8 +77,7 @@ class Fisher:
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Refuse ``eta`` that is not positive, infinite or NaN."""
-        if not 0.0 < options["eta"] < math.inf:
-            raise ValueError(f"eta must be > 0 and finite, got {options['eta']}")
+        check_number("eta", options["eta"], "> 0 and finite")
 
     def scaling(self, space: Space) -> list[Tensor]:
         """``1 / sqrt(g^2 + eta)``."""
@@ -120,8 +119,7 @@ class Adaptive:
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Refuse ``eta`` below zero, infinite or NaN."""
-        if not 0.0 <= options["eta"] < math.inf:
-            raise ValueError(f"eta must be >= 0 and finite, got {options['eta']}")
+        check_number("eta", options["eta"], ">= 0 and finite")
 
     def scaling(self, space: Space) -> list[Tensor]:
         """``|w| + eta``, or a 0-dim one."""

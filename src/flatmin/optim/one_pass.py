@@ -9,6 +9,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from flatmin.optim.accumulation import Reduction, check_reduction, one_after_another
+from flatmin.optim.arguments import check_pieces
 from flatmin.optim.balls import Ball
 from flatmin.optim.base_step import guarded_step, loss_scale_of, unscale_
 from flatmin.optim.closures import Closure, as_closures
@@ -80,6 +81,7 @@ class OnePass(RestingWeights):
     ) -> None:
         check_rounding(rounding)
         self.rounding = rounding
+        check_pieces(direction=direction, ball=ball, when=when, model=model, rho_schedule=rho_schedule)
         self.direction = direction or BaseMomentum()
         self.ball = ball or Ball()
         self.when = when or Always()

@@ -1,12 +1,12 @@
 """Radii: how far the perturbation goes, given the length of the gradient."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from flatmin.optim.arguments import check_number
 from flatmin.optim.schedules import half_cosine
 from flatmin.optim.space import ActiveGroup
 
@@ -65,8 +65,8 @@ class Unified:
     """
 
     def __init__(self, share: float | None) -> None:
-        if share is not None and not 0.0 <= share <= 1.0:
-            raise ValueError(f"share must be in [0, 1] or None, got {share}")
+        if share is not None:
+            check_number("share", share, "in [0, 1] or None")
         self.share = share
 
     @property
@@ -109,12 +109,10 @@ class FirstOrderGain:
     def __init__(
         self, sigma: float, num_steps: int | None = None, delta: float = 1e-12, decay_start: float = 0.0
     ) -> None:
-        if num_steps is not None and not num_steps >= 1:
-            raise ValueError(f"num_steps must be >= 1, got {num_steps}")
-        if not 0.0 <= delta < math.inf:
-            raise ValueError(f"delta must be >= 0 and finite, got {delta}")
-        if not 0.0 <= decay_start < 1.0:
-            raise ValueError(f"decay_start must be in [0, 1), got {decay_start}")
+        if num_steps is not None:
+            check_number("num_steps", num_steps, ">= 1")
+        check_number("delta", delta, ">= 0 and finite")
+        check_number("decay_start", decay_start, "in [0, 1)")
         self.sigma = sigma
         self.num_steps = num_steps
         self.delta = delta
@@ -128,8 +126,7 @@ class FirstOrderGain:
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Refuse ``sigma`` below zero, infinite or NaN."""
-        if not 0.0 <= options["sigma"] < math.inf:
-            raise ValueError(f"sigma must be >= 0 and finite, got {options['sigma']}")
+        check_number("sigma", options["sigma"], ">= 0 and finite")
 
     def __call__(self, length: Tensor, unit: Tensor, group: ActiveGroup) -> Tensor:
         """``min(sigma_t / (||g|| + delta), rho) * unit``."""

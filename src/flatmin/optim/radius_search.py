@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.amp import GradScaler
 
+from flatmin.optim.arguments import check_number
 from flatmin.optim.closures import Closure, as_closures
 from flatmin.optim.dry_run import check_two_passes, dry_run
 from flatmin.optim.engine import SharpnessAware
@@ -61,8 +62,7 @@ def suggest_rho(
     """
     check_two_passes(optimizer)
     for name, value in (("target_rise", target_rise), ("tolerance", tolerance)):
-        if not 0.0 < value < math.inf:
-            raise ValueError(f"{name} must be > 0 and finite, got {value}")
+        check_number(name, value, "> 0 and finite")
     closures = as_closures(closure)
     radii = [group["rho"] for group in optimizer.param_groups]
     first = next((rho for rho in radii if rho > 0.0), None)

@@ -11,6 +11,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from flatmin.optim.arguments import check_number
+
 RhoSchedule = Callable[[int, Mapping[str, Any]], float]
 """Called with the number of the step and a group that has ``initial_rho`` and ``lr``; returns the group's rho."""
 
@@ -47,6 +49,8 @@ class ProportionalToLr:
     """
 
     def __init__(self, rho_max: float, rho_min: float, lr_max: float, lr_min: float = 0.0) -> None:
+        for name, value in (("rho_max", rho_max), ("rho_min", rho_min), ("lr_max", lr_max), ("lr_min", lr_min)):
+            check_number(name, value, "finite")
         if not 0.0 <= rho_min <= rho_max < math.inf:
             raise ValueError(f"rho_min and rho_max must satisfy 0 <= rho_min <= rho_max, got {rho_min} and {rho_max}")
         if not 0.0 <= lr_min < lr_max:
@@ -70,8 +74,7 @@ class WarmUp:
     """
 
     def __init__(self, num_steps: int) -> None:
-        if not num_steps >= 1:
-            raise ValueError(f"num_steps must be >= 1, got {num_steps}")
+        check_number("num_steps", num_steps, ">= 1")
         self.num_steps = num_steps
 
     def __call__(self, step: int, group: Mapping[str, Any]) -> float:
@@ -88,8 +91,7 @@ class CosineToZero:
     """
 
     def __init__(self, num_steps: int) -> None:
-        if not num_steps >= 1:
-            raise ValueError(f"num_steps must be >= 1, got {num_steps}")
+        check_number("num_steps", num_steps, ">= 1")
         self.num_steps = num_steps
 
     def __call__(self, step: int, group: Mapping[str, Any]) -> float:

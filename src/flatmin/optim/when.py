@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from flatmin.optim.arguments import check_number, check_pieces
 from flatmin.optim.seeding import seed_of
 
 
@@ -68,16 +69,15 @@ class Bernoulli:
 
     def __init__(self, probability: float | Callable[[int], float], seed: int = 0) -> None:
         if not callable(probability):
-            _check_probability(probability)
-        if not seed >= 0:
-            raise ValueError(f"seed must be >= 0, got {seed}")
+            check_number("probability", probability, "in [0, 1]")
+        check_number("seed", seed, ">= 0")
         self.probability = probability
         self.seed = seed
 
     def __call__(self, step: int) -> bool:
         """Whether the draw of this step falls below the probability."""
-        probability = self.probability(step) if callable(self.probability) else self.probability
-        _check_probability(probability)
+        probability = float(self.probability(step)) if callable(self.probability) else self.probability
+        check_number("probability", probability, "in [0, 1]")
         generator = torch.Generator().manual_seed(seed_of(self.seed, step))
         return float(torch.rand((), generator=generator)) < probability
 
@@ -92,8 +92,8 @@ class Window:
     """
 
     def __init__(self, start: float = 0, stop: float | None = None, num_steps: int | None = None) -> None:
-        if num_steps is not None and not num_steps >= 1:
-            raise ValueError(f"num_steps must be >= 1, got {num_steps}")
+        if num_steps is not None:
+            check_number("num_steps", num_steps, ">= 1")
         self.start = _as_step("start", start, num_steps)
         self.stop = math.inf if stop is None else _as_step("stop", stop, num_steps)
         if not self.start <= self.stop:
@@ -121,12 +121,10 @@ class LargeGradient:
     """
 
     def __init__(self, num_steps: int, decay: float = 0.9, c_start: float = 1.0, c_end: float = -1.0) -> None:
-        if not num_steps >= 1:
-            raise ValueError(f"num_steps must be >= 1, got {num_steps}")
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"decay must be in [0, 1), got {decay}")
-        if math.isnan(c_start) or math.isnan(c_end):
-            raise ValueError(f"c_start and c_end must be numbers, got {c_start} and {c_end}")
+        check_number("num_steps", num_steps, ">= 1")
+        check_number("decay", decay, "in [0, 1)")
+        check_number("c_start", c_start, "no NaN")
+        check_number("c_end", c_end, "no NaN")
         self.num_steps = num_steps
         self.decay = decay
         self.c_start = c_start
@@ -162,6 +160,7 @@ class AllOf:
 
     def __init__(self, *rules: When) -> None:
         for rule in rules:
+            check_pieces(when=rule)
             if isinstance(rule, GradientWhen):
                 raise ValueError(
                     f"rules must go by the number of the step, got {type(rule).__name__}: Within lets it decide"
@@ -182,17 +181,15 @@ class Within:
     """
 
     def __init__(self, rule: GradientWhen, allowed: When) -> None:
+        if not isinstance(rule, GradientWhen) or isinstance(rule, type):
+            raise TypeError(f"rule must be one that looks at the gradient, such as LargeGradient(...), got {rule!r}")
+        check_pieces(when=allowed)
         self.rule = rule
         self.allowed = allowed
 
     def decide(self, step: int, gradient_norm: float, memory: MutableMapping[str, Any]) -> bool:
         """Whether both say so; the inner rule sees every gradient."""
         return self.rule.decide(step, gradient_norm, memory) and self.allowed(step)
-
-
-def _check_probability(probability: float) -> None:
-    if not 0.0 <= probability <= 1.0:
-        raise ValueError(f"probability must be in [0, 1], got {probability}")
 
 
 def _as_step(name: str, value: float, num_steps: int | None) -> int:

@@ -1,6 +1,5 @@
 """An optimizer around another one: groups, state, checkpoints and copies are the base's own."""
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
+
+from flatmin.optim.arguments import check_number
 
 _STATE_DICT_HOOKS = (
     "_optimizer_state_dict_pre_hooks",
@@ -33,8 +34,9 @@ class Wrapper(Optimizer):
     def __init__(self, base: Optimizer, own_defaults: dict[str, Any]) -> None:
         _check_base(base)
         self.base = base
-        self._own_defaults = {**own_defaults, "num_steps": 0}
-        self.check_options(self._own_defaults)
+        self.check_options({**own_defaults, "num_steps": 0})
+        plain = {name: value.item() if hasattr(value, "item") else value for name, value in own_defaults.items()}
+        self._own_defaults = {**plain, "num_steps": 0}  # without NumPy's numbers, which no safe checkpoint may hold
         taken = {name for name in self._own_defaults if name in base.defaults}
         if taken:
             raise ValueError(
@@ -83,10 +85,7 @@ class Wrapper(Optimizer):
 
     def check_options(self, options: dict[str, Any]) -> None:
         """Raise ``ValueError`` or ``TypeError`` where an entry of a group is outside its domain."""
-        if not isinstance(options["rho"], int | float):
-            raise TypeError(f"rho must be a number, got {options['rho']!r}")
-        if not 0.0 <= options["rho"] < math.inf:
-            raise ValueError(f"rho must be >= 0 and finite, got {options['rho']}")
+        check_number("rho", options["rho"], ">= 0 and finite")
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -134,12 +133,7 @@ class Wrapper(Optimizer):
                     group.setdefault(name, entries[name])
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = {"step", "_zero_grad_profile_name", *_STATE_DICT_HOOKS}  # a scheduler patches `step` on the instance
-        return {
-            name: value
-            for name, value in self.__dict__.items()
-            if name not in dropped and not name.startswith("_optimizer_step")
-        }
+        return kept_in_copies(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -156,6 +150,16 @@ class Wrapper(Optimizer):
                 f"rho must equal the {group.get('rho')} that the base already has from another sharpness-aware "
                 f"optimizer or its checkpoint, got {rho}: set group['rho'] after construction to change it"
             )
+
+
+def kept_in_copies(optimizer: Optimizer) -> dict[str, Any]:
+    """The attributes of an optimizer but for hooks; torch's own copies keep groups and state alone."""
+    dropped = {"step", "_zero_grad_profile_name", *_STATE_DICT_HOOKS}  # a scheduler patches `step` on the instance
+    return {
+        name: value
+        for name, value in optimizer.__dict__.items()
+        if name not in dropped and not name.startswith("_optimizer_step")
+    }
 
 
 def only_creates_state(optimizer: Optimizer) -> bool:

@@ -1,6 +1,5 @@
 """bSAM: SAM as Bayesian inference, with a posterior to sample from."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, overload
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flatmin.optim.accumulation import as_kept, reduced
+from flatmin.optim.arguments import check_number, check_pieces
 from flatmin.optim.closures import Closure, as_closures
 from flatmin.optim.diagnostics import Diagnostics
 from flatmin.optim.freshness import mark_used
@@ -20,7 +20,7 @@ from flatmin.optim.perturbation import Saved, perturb_
 from flatmin.optim.seeding import seed_of
 from flatmin.optim.sharding import is_sharded
 from flatmin.optim.space import refuse_sparse
-from flatmin.optim.wrapper import only_creates_state
+from flatmin.optim.wrapper import kept_in_copies, only_creates_state
 
 _RisesAndGradients = dict[Tensor, tuple[Tensor, Tensor]]  # sqrt(s) |g| and g_p of each parameter
 
@@ -83,8 +83,8 @@ class BSAM(Optimizer):
         seed: int = 0,
         model: nn.Module | None = None,
     ) -> None:
-        if not num_data >= 1:
-            raise ValueError(f"num_data must be >= 1, got {num_data}")
+        check_pieces(model=model)
+        check_number("num_data", num_data, ">= 1")
         self.num_data = num_data
         self.seed = seed
         self.diagnostics = Diagnostics()
@@ -164,6 +164,9 @@ class BSAM(Optimizer):
         finally:
             with torch.no_grad():
                 saved.restore_()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return kept_in_copies(self)
 
     def _both_passes(self, closure: Closure, index: int) -> tuple[Tensor, _RisesAndGradients]:
         """The loss at a sample; ``sqrt(s) |g|`` there and the gradient at w + rho g / s, zero where one is missing."""
@@ -281,11 +284,12 @@ def _or_zeros(found: Tensor | None, param: Tensor) -> Tensor:
 def _check_options(options: Mapping[str, Any]) -> None:
     for name in ("lr", "rho", "weight_decay", "damping", "initial_precision"):
         is_positive = name in ("lr", "initial_precision")
-        value = float(options[name])
-        if not (value > 0.0 if is_positive else value >= 0.0) or math.isinf(value):
-            raise ValueError(f"{name} must be {'>' if is_positive else '>='} 0 and finite, got {options[name]}")
-    if len(options["betas"]) != 2 or not all(0.0 <= beta < 1.0 for beta in options["betas"]):
+        value = float(options[name]) if isinstance(options[name], Tensor) else options[name]
+        check_number(name, value, "> 0 and finite" if is_positive else ">= 0 and finite")
+    if not isinstance(options["betas"], Sequence) or len(options["betas"]) != 2:
         raise ValueError(f"betas must be two numbers in [0, 1), got {options['betas']}")
+    for beta in options["betas"]:
+        check_number("betas", beta, "two numbers in [0, 1)")
     for name in ("maximize", "masks"):
         if options.get(name):
             raise ValueError(f"groups must have no {name} with BSAM, got one that has")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from flatmin.optim.arguments import check_pieces
 from flatmin.optim.balls import spread
 from flatmin.optim.base_step import guarded_step
 from flatmin.optim.diagnostics import Diagnostics
@@ -80,6 +81,7 @@ class SecondOrderSAM(Wrapper):
         skip_nonfinite: bool = True,
         rho_schedule: RhoSchedule | None = None,
     ) -> None:
+        check_pieces(model=model, rho_schedule=rho_schedule)
         super().__init__(base, {"rho": rho})
         self.model = model
         self.skip_nonfinite = skip_nonfinite

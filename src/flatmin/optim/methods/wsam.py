@@ -4,6 +4,7 @@ from typing import Unpack
 
 from torch.optim import Optimizer
 
+from flatmin.optim.arguments import check_number
 from flatmin.optim.combine import Blend, Combine, Decoupled
 from flatmin.optim.engine import SharpnessAware
 from flatmin.optim.options import EngineOptions
@@ -36,8 +37,7 @@ class WSAM(SharpnessAware):
         decouple: bool = True,
         **options: Unpack[EngineOptions],
     ) -> None:
-        if not 0.0 <= gamma < 1.0:
-            raise ValueError(f"gamma must be in [0, 1), got {gamma}")
+        check_number("gamma", gamma, "in [0, 1)")
         weight = gamma / (1.0 - gamma)
         combine: Combine = Decoupled(weight) if decouple else Blend(weight)
         super().__init__(base, rho, combine=combine, **options)

@@ -81,7 +81,7 @@ def test_the_moving_average(ramp: bool) -> None:
             average.update_parameters(model)
 
 
-def fused_sgd(params: list[Tensor], *_: Any, found_inf: Tensor | None, **__: Any) -> None:
+def fused_sgd(params: list[Tensor], *_: Any, found_inf: Tensor | None = None, **__: Any) -> None:
     """Stands for the kernel, which fake tensors do not know."""
     assert all(tensor.device == CUDA for tensor in (*params, *([] if found_inf is None else [found_inf])))
     torch._foreach_add_(params, 1.0)

@@ -9,16 +9,21 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_impls import register_op_impl
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 _aten = torch.ops.aten
-_FUSED = torch.library.Library("aten", "IMPL", "Meta")  # as long as the process
-_FUSED.impl("_fused_sgd_.tensor_lr", lambda *args, **kwargs: None)  # torch has no such kernel for SGD, but for Adam
 COPIES = {_aten._to_copy, _aten.copy_}
 SENDS_NUMBERS = {_aten.where, _aten.index_put, _aten.index_put_}  # 0-dim ones from the host, by a copy of their own
 READS_NUMBERS = {_aten.masked_fill.Tensor, _aten.masked_fill_.Tensor}  # the last argument, wherever it is
+
+
+@register_op_impl(lambda func: func.overloadpacket is _aten._fused_sgd_)
+def fused_sgd_(mode, func, *args, **kwargs):
+    """Stands for the kernel, which fake tensors know for Adam and not for SGD."""
+    assert {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)} == {"cuda"}
 
 
 class NothingWaits(TorchDispatchMode):

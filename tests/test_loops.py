@@ -174,12 +174,17 @@ def test_a_closure_may_return_what_it_likes(values):
     assert optimizer.diagnostics.num_steps == 2
 
 
-def test_a_pending_gradient_that_is_cleared_is_not_followed():
+def _with_a_pending_gradient():
     model = tiny_network()
     optimizer = flatmin.SAM(_sgd(model), model=model)
     _loss(model).backward()
     with optimizer.perturbed():
         _loss(model).backward()
+    return model, optimizer
+
+
+def test_a_pending_gradient_that_is_cleared_is_not_followed():
+    model, optimizer = _with_a_pending_gradient()
     optimizer.zero_grad()
     _loss(model).backward()
     with pytest.raises(RuntimeError, match="without a second pass"):
@@ -187,11 +192,7 @@ def test_a_pending_gradient_that_is_cleared_is_not_followed():
 
 
 def test_a_pending_gradient_that_the_model_has_cleared_is_an_error():
-    model = tiny_network()
-    optimizer = flatmin.SAM(_sgd(model), model=model)
-    _loss(model).backward()
-    with optimizer.perturbed():
-        _loss(model).backward()
+    model, optimizer = _with_a_pending_gradient()
     model.zero_grad()
     with pytest.raises(RuntimeError, match="no parameter has a new gradient"):
         optimizer.step()

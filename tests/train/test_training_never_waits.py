@@ -81,12 +81,6 @@ def test_the_moving_average(ramp: bool) -> None:
             average.update_parameters(model)
 
 
-def fused_sgd(params: list[Tensor], *_: Any, found_inf: Tensor | None = None, **__: Any) -> None:
-    """Stands for the kernel, which fake tensors do not know."""
-    assert all(tensor.device == CUDA for tensor in (*params, *([] if found_inf is None else [found_inf])))
-    torch._foreach_add_(params, 1.0)
-
-
 class FakeFabric(SimpleNamespace):
     """One process on the fake device."""
 
@@ -103,8 +97,7 @@ class FakeFabric(SimpleNamespace):
 
 @pytest.mark.parametrize("method", ["sgd", "sam", "gsam", "msam"])
 @pytest.mark.parametrize("options", [{}, {"micro_batch": 8, "sync": "global"}, {"micro_batch": 8}], ids=str)
-def test_a_step_of_training(method: str, options: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(torch, "_fused_sgd_", fused_sgd)
+def test_a_step_of_training(method: str, options: dict[str, Any], tmp_path: Path) -> None:
     config = TrainConfig(
         method=method,  # type: ignore[arg-type]
         batch_size=32,

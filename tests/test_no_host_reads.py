@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import flatmin
 from fake_gpu import NothingWaits, send_
 from flatmin.optim.directions import Gradient
-from flatmin.optim.perturbation import Saved
+from flatmin.optim.saved import Saved
 from flatmin.optim.space import Space
 from optimizers import ALWAYS, METHODS, POLICIES, SAMON, SIMPLE, sgd
 from problems import tiny_network

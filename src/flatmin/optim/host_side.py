@@ -13,7 +13,7 @@ from flatmin.optim.functional_one_pass import FunctionalOnePass
 from flatmin.optim.functional_step import FunctionalStep
 from flatmin.optim.memory import Memory
 from flatmin.optim.one_pass import OnePass
-from flatmin.optim.perturbation import Saved
+from flatmin.optim.saved import Saved
 from flatmin.optim.space import every_space
 
 

@@ -13,8 +13,8 @@ from flatmin.optim.diagnostics import Diagnostics
 from flatmin.optim.freshness import has_fresh_gradient, mark_used
 from flatmin.optim.memory import Memory
 from flatmin.optim.overflow import Overflow
-from flatmin.optim.passes import Replay
 from flatmin.optim.plan import Plan
+from flatmin.optim.replay import Replay
 from flatmin.optim.seeding import seed_of
 from flatmin.optim.sharding import mean_over_mesh
 from flatmin.optim.space import Space, active_space, as_owned, every_space

@@ -15,8 +15,9 @@ from flatmin.optim.diagnostics import Diagnostics
 from flatmin.optim.freshness import mark_used
 from flatmin.optim.leftover import refusing_leftovers
 from flatmin.optim.norms import are_finite
-from flatmin.optim.passes import Replay
-from flatmin.optim.perturbation import Saved, perturb_
+from flatmin.optim.perturbation import perturb_
+from flatmin.optim.replay import Replay
+from flatmin.optim.saved import Saved
 from flatmin.optim.seeding import seed_of
 from flatmin.optim.sharding import is_sharded
 from flatmin.optim.space import refuse_sparse

@@ -14,9 +14,9 @@ from flatmin.optim.balls import spread
 from flatmin.optim.base_step import guarded_step
 from flatmin.optim.diagnostics import Diagnostics
 from flatmin.optim.freshness import is_fresh, mark_used
+from flatmin.optim.generators import generators_of, set_generators
 from flatmin.optim.memory import Memory
 from flatmin.optim.norms import joint_dot, joint_norm
-from flatmin.optim.passes import generators_of, set_generators
 from flatmin.optim.schedules import RhoSchedule, set_radii
 from flatmin.optim.sharding import is_sharded
 from flatmin.optim.space import ActiveGroup, Space, active_space, as_real, refuse_sparse

@@ -13,6 +13,7 @@ from flatmin.optim.checkup import Checkup, Finding, shown
 from flatmin.optim.closures import Closure, as_closures
 from flatmin.optim.dry_run import DryRun, DryStep, Look, check_two_passes, dry_run
 from flatmin.optim.engine import SharpnessAware
+from flatmin.optim.groups import has_radius
 from flatmin.optim.when import GradientWhen
 
 _SURVIVING = 0.9  # share of eps that must be left after rounding
@@ -99,7 +100,7 @@ def _before(optimizer: SharpnessAware) -> Iterator[Finding]:
             "no parameter of the optimizer requires a gradient",
             "unfreeze what is to be trained, or give the optimizer other parameters",
         )
-    elif all(group["rho"] == 0.0 or not group.get("perturb", True) for group in groups):
+    elif not has_radius(groups):
         yield Finding(
             "no radius",
             "rho is 0 in every group that is perturbed, so every step is the base optimizer's",

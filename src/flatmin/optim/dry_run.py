@@ -12,12 +12,12 @@ from torch.amp import GradScaler
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from flatmin.optim.balls import Ball, Perturbation
-from flatmin.optim.base_step import loss_scale_of
 from flatmin.optim.buffers import buffers_of, set_buffers
 from flatmin.optim.closures import Closure
 from flatmin.optim.engine import SharpnessAware
 from flatmin.optim.generators import generators_of, set_generators
 from flatmin.optim.layers import LayerBall
+from flatmin.optim.loss_scaling import loss_scale_of
 from flatmin.optim.norms import joint_norm
 from flatmin.optim.progress import Progress
 from flatmin.optim.space import Space

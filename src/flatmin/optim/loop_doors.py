@@ -7,9 +7,10 @@ import torch
 from torch.amp import GradScaler
 
 from flatmin.optim.accumulation import Reduction, check_reduction
-from flatmin.optim.base_step import loss_scale_of, take_base_step
+from flatmin.optim.base_step import take_base_step
 from flatmin.optim.diagnostics import Diagnostics
 from flatmin.optim.freshness import has_fresh_gradient, mark_used
+from flatmin.optim.loss_scaling import loss_scale_of
 from flatmin.optim.progress import require
 from flatmin.optim.two_pass import TwoPass
 from flatmin.optim.wrapper import Wrapper, only_creates_state

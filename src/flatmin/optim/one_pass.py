@@ -11,17 +11,19 @@ from torch.optim import Optimizer
 from flatmin.optim.accumulation import Reduction, check_reduction, one_after_another
 from flatmin.optim.arguments import check_pieces
 from flatmin.optim.balls import Ball
-from flatmin.optim.base_step import guarded_step, loss_scale_of, unscale_
+from flatmin.optim.base_step import guarded_step
 from flatmin.optim.closures import Closure, as_closures
 from flatmin.optim.diagnostics import Diagnostics
 from flatmin.optim.directions import BaseMomentum, Direction, Observer
 from flatmin.optim.freshness import has_fresh_gradient, is_fresh, mark_used
+from flatmin.optim.groups import count_step
 from flatmin.optim.layers import LayerBall
 from flatmin.optim.leftover import refusing_leftovers
+from flatmin.optim.loss_scaling import remaining_scale, unscale_
 from flatmin.optim.resting_weights import RestingWeights
 from flatmin.optim.rounding import Rounding, check_rounding
 from flatmin.optim.schedules import RhoSchedule
-from flatmin.optim.space import Space, active_space
+from flatmin.optim.space import active_space
 from flatmin.optim.when import Always, GradientWhen, When
 from flatmin.optim.wrapper import names_of, only_creates_state
 
@@ -179,27 +181,20 @@ class OnePass(RestingWeights):
         has_moved = self._rest.has_moved
         self._rest.go_home()
         try:
-            looks = self._unscale(space, scaler) or self.skip_nonfinite
+            scale = remaining_scale(self, scaler)
+            if scale is not None:
+                unscale_(self, space, scale, scaler)
             if isinstance(self.direction, Observer):
                 self.direction.observe(space)
+            looks = self.skip_nonfinite or scale is not None
             is_taken = guarded_step(self.base, space, found_inf=self._found_inf, looks=looks)
             self._memory.commit(is_taken, space.owners)
             self.diagnostics.count(has_moved, is_taken)
             if is_taken is not False:
-                for group in self.param_groups:
-                    group["num_steps"] += 1
+                count_step(self.param_groups)
         finally:
             mark_used(self._params())
             self._perturb()
-
-    def _unscale(self, space: Space, scaler: GradScaler | None) -> bool:
-        """Take the loss scale out of the gradients; whether there was one."""
-        scale = self._grad_scale if scaler is None else loss_scale_of(scaler, next(self._params()).device)
-        if scale is not None and scaler is not None:
-            scaler.unscale_(self)
-        elif scale is not None:
-            unscale_(space, scale)
-        return scale is not None
 
     def _names_for_metric(self) -> dict[Tensor, str]:
         return names_of(self._model, self.param_groups) if self.ball.metric.needs_names else {}

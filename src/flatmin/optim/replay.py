@@ -37,6 +37,7 @@ class Replay:
         self._num_replayed = 0
         self._in_closure = False
         self._may_start_anew = False
+        self._has_trained = False
         self.is_paused = False  # while the model is traced, or makes passes of a dry run
         hooks = (
             model.register_forward_pre_hook(_Hook(self, "before_call")),
@@ -53,7 +54,7 @@ class Replay:
 
     def begin(self, *, in_closure: bool = False) -> None:
         """The first pass starts here."""
-        self._in_closure, self._may_start_anew = in_closure, False
+        self._in_closure, self._may_start_anew, self._has_trained = in_closure, False, False
         self._calls = []
         if self._plan is not None:
             self._plan.before_first_pass()
@@ -94,9 +95,10 @@ class Replay:
         if self.is_paused or not torch.is_grad_enabled():
             return
         if self._after_first is None:
-            if self._at_start is None or (self._may_start_anew and not has_fresh_gradient(self.model.parameters())):
+            if self._at_start is None or self._starts_anew():
                 self.begin()
             self._may_start_anew = False
+            self._has_trained = self._has_trained or self.model.training
             self._calls.append(self._generators())
         elif self._num_replayed < len(self._calls):
             set_generators(self._calls[self._num_replayed])
@@ -108,6 +110,15 @@ class Replay:
         """The model has run forward, or failed to."""
         if self._plan is not None:
             self._plan.after_forward()
+
+    def _starts_anew(self) -> bool:
+        """Whether the calls so far belong to no first pass, and the coming one does.
+
+        They were followed by a clearing of gradients and by no backward pass, or were an evaluation that has kept
+        gradients on: in evaluation mode, as the coming one is not.
+        """
+        has_evaluated = self.model.training and not self._has_trained and not self._in_closure
+        return (self._may_start_anew or has_evaluated) and not has_fresh_gradient(self.model.parameters())
 
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self.model, "plan": self._plan}

@@ -15,6 +15,7 @@ from flatmin.optim.base_step import guarded_step
 from flatmin.optim.diagnostics import Diagnostics
 from flatmin.optim.freshness import is_fresh, mark_used
 from flatmin.optim.generators import generators_of, set_generators
+from flatmin.optim.groups import count_step, has_radius
 from flatmin.optim.memory import Memory
 from flatmin.optim.norms import joint_dot, joint_norm
 from flatmin.optim.schedules import RhoSchedule, set_radii
@@ -134,10 +135,8 @@ class SecondOrderSAM(Wrapper):
         is_taken = guarded_step(self.base, space, found_inf=None, looks=self.skip_nonfinite)
         mark_used(self._params())
         if is_taken is not False:
-            for group in self.param_groups:
-                group["num_steps"] += 1
-        perturbed = (group for group in self.param_groups if group.get("perturb", True))
-        self.diagnostics.count(any(group["rho"] != 0.0 for group in perturbed), is_taken)
+            count_step(self.param_groups)
+        self.diagnostics.count(has_radius(self.param_groups), is_taken)
         return loss
 
     def _differentiated(self, closure: Callable[[], Tensor]) -> tuple[Tensor, dict[Tensor, Tensor]]:

@@ -18,7 +18,7 @@ from flatmin.optim.engine import SharpnessAware
 from flatmin.optim.generators import generators_of, set_generators
 from flatmin.optim.layers import LayerBall
 from flatmin.optim.loss_scaling import loss_scale_of
-from flatmin.optim.norms import joint_norm
+from flatmin.optim.norms import joint_norm, widened
 from flatmin.optim.progress import Progress
 from flatmin.optim.space import Space
 from flatmin.optim.two_pass import TwoPass
@@ -243,7 +243,7 @@ class _WatchedBall:
 
     def farthest(self, space: Space, direction: list[Tensor], scaling: list[Tensor] | None) -> Perturbation:
         step = self._ball.farthest(space, direction, scaling)
-        wide = [tensor.double() * scale for tensor, scale in zip(step.tensors, step.scales, strict=True)]
+        wide = [widened(tensor) * scale for tensor, scale in zip(step.tensors, step.scales, strict=True)]
         self.asked = float(joint_norm(wide))
         return step
 

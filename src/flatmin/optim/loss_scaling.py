@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
+from flatmin.optim.norms import widened
 from flatmin.optim.space import Space
 from flatmin.optim.wrapper import Wrapper
 
@@ -40,8 +41,7 @@ def unscale_(optimizer: Wrapper, space: Space, scale: Tensor, scaler: GradScaler
     if scaler is not None:
         scaler.unscale_(optimizer)
         return
-    has_float64 = scale.device.type != "mps"
-    inverse = scale.double().reciprocal().float() if has_float64 else scale.reciprocal()
+    inverse = widened(scale).reciprocal().float()
     by_device: dict[torch.device, list[Tensor]] = {}
     for grad in space.grads:
         by_device.setdefault(grad.device, []).append(grad)

@@ -17,7 +17,7 @@ from flatmin.optim.freshness import is_fresh, mark_used
 from flatmin.optim.generators import generators_of, set_generators
 from flatmin.optim.groups import count_step, has_radius
 from flatmin.optim.memory import Memory
-from flatmin.optim.norms import joint_dot, joint_norm
+from flatmin.optim.norms import cosine_of, joint_dot, joint_norm
 from flatmin.optim.schedules import RhoSchedule, set_radii
 from flatmin.optim.sharding import is_sharded
 from flatmin.optim.space import ActiveGroup, Space, active_space, as_real, refuse_sparse
@@ -255,5 +255,4 @@ def _norm(grads: list[Tensor]) -> Tensor:
 
 def _cosine(left: list[Tensor], right: list[Tensor]) -> Tensor:
     left, right = ([as_real(x.resolve_conj()) for x in tensors] for tensors in (left, right))
-    lengths = joint_norm(left).double() * joint_norm(right)
-    return torch.where(lengths == 0, 0.0, joint_dot(left, right) / lengths)
+    return cosine_of(joint_norm(left), joint_norm(right), joint_dot(left, right))

@@ -303,7 +303,7 @@ def test_a_network_of_ones_own_with_dictionaries_as_batches(
         (["nowhere"], 1, "nowhere is not the directory of a run: it has no config.yaml"),
         ([], 2, "runs must name at least one directory, got none"),
         (["RUN", "RUN"], 2, "runs must differ, got one twice"),
-        (["RUN", "--measures=flatness"], 2, f"measures must be among {', '.join(MEASURES)}, got flatness"),
+        (["RUN", "--measures=flatness"], 2, f"measures must be one of {', '.join(MEASURES)}, got 'flatness'"),
         (["RUN", "--measures=m-sharpness", "--m=4,x"], 2, "m must be whole numbers joined by commas, got x"),
         (
             ["RUN", "--measures=m-sharpness", "--m=25"],

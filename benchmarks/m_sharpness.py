@@ -35,7 +35,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from flatmin.sharpness import WorstCase, hessian_eigenvalues, worst_case
-from flatmin.train.checkpoint import atomic_write, checkpoint_paths
+from flatmin.train.atomic_file import atomic_write
+from flatmin.train.checkpoint import checkpoint_paths
 from flatmin.train.config import Method, TrainConfig
 from flatmin.train.data import ImageSet, load_images
 from flatmin.train.data.image_file import write_image_file

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flatmin.train.arguments import config_from_arguments
-from flatmin.train.checkpoint import atomic_write
+from flatmin.train.atomic_file import atomic_write
 from flatmin.train.config import Method, TrainConfig
 from flatmin.train.environment import software_versions
 from flatmin.train.errors import TrainingError, UsageError

@@ -14,8 +14,9 @@ from torch import nn
 from flatmin import __version__
 from flatmin.sharpness import average_case, hessian_eigenvalues, hessian_trace, spectral_density, worst_case
 from flatmin.train.cli import main
+from flatmin.train.images import read_images
 from flatmin.train.launch import make_fabric
-from flatmin.train.loaders import read_images, training_sample
+from flatmin.train.loaders import training_sample
 from flatmin.train.measured.measures import MEASURES, MeasureSettings, planned_measures
 from flatmin.train.measured.subject import ImageChoice, Subject, subject_of_run
 from flatmin.train.recipes import recipe_config

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import flatmin
-from flatmin.train.checkpoint import atomic_write
+from flatmin.train.atomic_file import atomic_write
 from flatmin.train.config import Method, TrainConfig
 from flatmin.train.loop import train
 from flatmin.train.recipes import recipe_config

@@ -35,13 +35,15 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from flatmin.sharpness import WorstCase, hessian_eigenvalues, worst_case
-from flatmin.train.checkpoint import atomic_write, checkpoint_paths
+from flatmin.train.atomic_file import atomic_write
+from flatmin.train.checkpoint import checkpoint_paths
 from flatmin.train.config import Method, TrainConfig
 from flatmin.train.data import ImageSet, load_images
 from flatmin.train.data.image_file import write_image_file
 from flatmin.train.environment import software_versions
+from flatmin.train.images import read_images
 from flatmin.train.launch import make_fabric
-from flatmin.train.loaders import read_images, training_sample
+from flatmin.train.loaders import training_sample
 from flatmin.train.loop import train
 from flatmin.train.recipes import recipe_config
 from flatmin.train.summary import Summary

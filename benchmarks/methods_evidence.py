@@ -36,7 +36,7 @@ import tyro
 from rich.console import Console
 
 import flatmin
-from flatmin.train.checkpoint import atomic_write
+from flatmin.train.atomic_file import atomic_write
 from flatmin.train.config import Method, TrainConfig
 from flatmin.train.errors import TrainingError
 from flatmin.train.journal import read_metrics

@@ -15,6 +15,7 @@ import torch
 
 import flatmin
 from benchmarks.timing import Ratio, ratio
+from flatmin.train.atomic_file import atomic_write
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -155,9 +156,7 @@ def write_result(directory: Path, found: Mapping[str, Any]) -> Path:
     """Write a result, all at once."""
     path = result_path(directory, found["benchmark"])
     directory.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".json.tmp")
-    unfinished.write_text(json.dumps(found, indent=1) + "\n")
-    unfinished.replace(path)
+    atomic_write(path, json.dumps(found, indent=1) + "\n")
     return path
 
 

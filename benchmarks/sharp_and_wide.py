@@ -23,7 +23,7 @@ import tyro
 from PIL import Image
 from rich.console import Console
 
-from flatmin.train.checkpoint import atomic_write
+from flatmin.train.atomic_file import atomic_write
 from flatmin.train.cli import run_command
 from flatmin.train.config import Accelerator, Method
 from flatmin.train.environment import software_versions

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import tyro
 
-from flatmin.train.checkpoint import atomic_write
+from flatmin.train.atomic_file import atomic_write
 from flatmin.train.config_file import load_run_config
 from flatmin.train.environment import software_versions
 from flatmin.train.journal import read_metrics

@@ -139,3 +139,20 @@ def test_numbers_of_numpy_are_numbers():
 def test_a_pair_is_needed_for_betas():
     with pytest.raises(ValueError, match=r"^betas must be two numbers in \[0, 1\), got 0.9$"):
         _bsam(betas=0.9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"rho": "0.1"}, TypeError, "rho must be a number, got '0.1'"),
+        ({"ascent_steps": 1.5}, ValueError, "ascent_steps must be an integer >= 1, got 1.5"),
+        (
+            {"ascent_steps": 2, "p": 3.0},
+            ValueError,
+            "ascent_steps must be 1 unless p is 2 or infinity, got 2 with p = 3",
+        ),
+    ],
+)
+def test_options_are_refused_by_name(arguments, error, message):
+    with pytest.raises(error, match=message):
+        flatmin.SAM(torch.optim.SGD(tiny_network().parameters(), lr=0.1), **arguments)

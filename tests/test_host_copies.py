@@ -119,7 +119,7 @@ def test_it_has_no_effect_on_a_cpu(monkeypatch):
 
 
 def test_another_place_is_refused():
-    with pytest.raises(ValueError, match='save_to must be "device" or "host", got \'disk\''):
+    with pytest.raises(ValueError, match="save_to must be one of device, host, got 'disk'"):
         trained(through_closure, save_to="disk")
 
 

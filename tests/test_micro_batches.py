@@ -167,7 +167,10 @@ def test_closures_may_return_numbers_or_nothing(values, reduction, expected):
 
 @pytest.mark.parametrize(
     ("closures", "options", "message"),
-    [([], {}, "closure must not be an empty list"), (None, {"reduction": "max"}, 'reduction must be "mean" or "sum"')],
+    [
+        ([], {}, "closure must not be an empty list"),
+        (None, {"reduction": "max"}, "reduction must be one of mean, sum, got 'max'"),
+    ],
 )
 def test_what_makes_no_sense_is_refused_by_name(closures, options, message):
     model = tiny_network()

@@ -146,7 +146,7 @@ def test_result_is_a_record_that_json_takes() -> None:
     [
         ({"k": 10}, "k must be from 1 to the number of parameters, 9, got 10"),
         ({"k": 0}, "k must be an integer >= 1, got 0"),
-        ({"k": 2, "which": "top"}, "which must be 'largest', 'smallest' or 'magnitude', got 'top'"),
+        ({"k": 2, "which": "top"}, "which must be one of largest, smallest, magnitude, got 'top'"),
         ({"k": 2, "tolerance": 0.0}, "tolerance must be > 0, got 0.0"),
         ({"k": 3, "max_iterations": 2}, "max_iterations must be >= k, got 2 with k = 3"),
     ],

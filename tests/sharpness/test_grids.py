@@ -181,7 +181,7 @@ def test_recomputing_statistics_leaves_the_model_as_it_was(raises: bool, tmp_pat
 
 def test_unknown_statistics_are_refused() -> None:
     model = smooth_network()
-    with pytest.raises(ValueError, match="batch_norm must be 'batch', 'running' or 'recomputed', got 'train'"):
+    with pytest.raises(ValueError, match="batch_norm must be one of batch, running, recomputed, got 'train'"):
         loss_on_line(model, lambda: torch.zeros(()), like_params(model), XS, batch_norm="train")
 
 

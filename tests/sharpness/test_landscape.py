@@ -206,5 +206,5 @@ def test_direction_of_another_model_is_refused(quadratic: Quadratic) -> None:
 
 
 def test_unknown_batch_statistics_are_refused(quadratic: Quadratic) -> None:
-    with pytest.raises(ValueError, match="batch_norm must be 'batch' or 'running', got 'train'"):
+    with pytest.raises(ValueError, match="batch_norm must be one of batch, running, got 'train'"):
         gradient_direction(quadratic.model, quadratic.loss_fn, batch_norm="train")

@@ -249,7 +249,7 @@ def test_batch_norm_must_be_chosen() -> None:
     [
         ({"params": "3"}, "params must name parameters or modules of the model, got '3'"),
         ({"params": lambda name, param: False}, "params must choose at least one parameter"),
-        ({"hvp": "forward"}, "hvp must be 'double_backward' or 'finite_differences', got 'forward'"),
+        ({"hvp": "forward"}, "hvp must be one of double_backward, finite_differences, got 'forward'"),
         ({"hvp": "finite_differences", "difference_step": 0.0}, "difference_step must be > 0 and finite, got 0.0"),
         (
             {"hvp": "finite_differences", "difference_step": float("inf")},

@@ -112,5 +112,5 @@ def test_random_direction_is_drawn_by_seed_and_step_and_rises_less_than_the_grad
     assert summaries[2].loss_rise is not None
     assert abs(summaries[0].loss_rise) < 0.3 * summaries[2].loss_rise
     other_seed = replace(random, seed=1)
-    with pytest.raises(ValueError, match='direction must be "gradient" or "random", got \'up\''):
+    with pytest.raises(ValueError, match="direction must be one of gradient, random, got 'up'"):
         replace(other_seed, method_options={"direction": "up"})

@@ -1,31 +1,18 @@
 """A checkpoint is whole or absent, whatever happens while it is written."""
 
 import os
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from full_disk import files_of_at_most
 
-from flatmin.train.checkpoint import atomic_write, checkpoint_paths, load_newest_checkpoint, save_checkpoint
+from flatmin.train.checkpoint import checkpoint_paths, load_newest_checkpoint, save_checkpoint
 from flatmin.train.errors import TrainingError
 
 
 def state(step: int) -> dict[str, object]:
     return {"step": step, "weights": torch.full((5000,), float(step))}
-
-
-@contextmanager
-def files_of_at_most(num_bytes: int) -> Iterator[None]:
-    """Let the system refuse to make a file longer, as it does on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_newest_two_are_kept_and_the_newest_is_loaded(tmp_path: Path) -> None:
@@ -88,13 +75,3 @@ def test_process_that_dies_while_saving_leaves_the_old_checkpoint(
     assert loaded["step"] == 1
     save_checkpoint(tmp_path, 2, state(2))
     assert sorted(file.suffix for file in tmp_path.iterdir()) == [".pt", ".pt"]
-
-
-def test_text_is_old_or_new_and_never_in_between(tmp_path: Path) -> None:
-    path = tmp_path / "summary.json"
-    atomic_write(path, "old")
-    with files_of_at_most(10), pytest.raises(OSError, match="File too large"):
-        atomic_write(path, "n" * 20)
-    assert path.read_text() == "old"
-    atomic_write(path, "new")
-    assert path.read_text() == "new"

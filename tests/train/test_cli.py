@@ -72,13 +72,13 @@ def test_the_papers_command_parses() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], f"command must be one of {', '.join(COMMANDS)}, got trian"),
+        (["trian"], f"command must be one of {', '.join(COMMANDS)}, got 'trian'"),
         (
             ["train", "mnist"],
             "recipe must be one of those that flatmin recipes lists, such as fashion-mnist, "
             "fashion-mnist-wrn, fashion-mnist-wrn-aa, got mnist",
         ),
-        (["train", "--method", "adam"], f"method must be one of {', '.join(get_args(Method))}, got adam"),
+        (["train", "--method", "adam"], f"method must be one of {', '.join(get_args(Method))}, got 'adam'"),
         (["train", "--method"], "argument --method: expected one argument"),
         (["train", "--config", "nowhere.yaml"], "there is no configuration file nowhere.yaml"),
         (["train", "digits", "--config", "c.yaml"], "give a recipe or --config, not both: got digits and c.yaml"),

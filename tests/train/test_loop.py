@@ -21,9 +21,10 @@ from flatmin.train.data import EvalLoader, dataset_facts, load_images
 from flatmin.train.errors import TrainingError
 from flatmin.train.evaluate import evaluate
 from flatmin.train.facts import facts_of
+from flatmin.train.images import images_of_split, read_images
 from flatmin.train.journal import read_metrics
 from flatmin.train.launch import make_fabric
-from flatmin.train.loaders import batch_indices, images_of_split, make_loaders, read_images
+from flatmin.train.loaders import batch_indices, make_loaders
 from flatmin.train.loop import train
 from flatmin.train.optimizers import build_optimizer
 from flatmin.train.state import TrainingState, fresh_model

@@ -87,7 +87,7 @@ def test_wide_resnet_without_norms_has_none_and_keeps_its_activations_small():
         grown_without = model.blocks(features).std() / features.std()
     assert grown < 3
     assert grown_without > 100
-    with pytest.raises(ValueError, match="norm must be 'batch' or 'none', got 'layer'"):
+    with pytest.raises(ValueError, match="norm must be one of batch, none, got 'layer'"):
         build_model("wrn-10-1", 10, 3, ModelOptions(norm="layer"))
 
 
@@ -500,7 +500,7 @@ def test_unknown_names_are_refused_with_the_rule_and_the_value(name):
         ),
         (("wrn-10-1", 2, 3), {"drop_path": 0.1}, "drop_path must stay .* wrn-10-1: it belongs to timm/NAME, got 0.1"),
         (("wrn-10-1", 2, 3), {"pretrained": True}, "pretrained must stay .* wrn-10-1: it belongs to timm/NAME"),
-        (("wrn-10-1", 2, 3), {"shortcut": "pad"}, "shortcut must be 'pool-pad' or 'conv', got 'pad'"),
+        (("wrn-10-1", 2, 3), {"shortcut": "pad"}, "shortcut must be one of pool-pad, conv, got 'pad'"),
         (("wrn-10-1", 2, 3), {"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         (("wrn-10-1", 2, 3), {"dropout": math.nan}, r"dropout must be in \[0, 1\), got nan"),
     ],

@@ -11,8 +11,9 @@ from flatmin.train.config import TrainConfig
 from flatmin.train.data import load_images
 from flatmin.train.data.normalization import normalized
 from flatmin.train.errors import TrainingError
+from flatmin.train.images import images_of_split
 from flatmin.train.launch import make_fabric
-from flatmin.train.loaders import images_of_split, make_loaders
+from flatmin.train.loaders import make_loaders
 from flatmin.train.loop import train
 from flatmin.train.trained import load_run
 

@@ -14,8 +14,9 @@ from torch import nn
 from flatmin import __version__
 from flatmin.sharpness import average_case, hessian_eigenvalues, hessian_trace, spectral_density, worst_case
 from flatmin.train.cli import main
+from flatmin.train.images import read_images
 from flatmin.train.launch import make_fabric
-from flatmin.train.loaders import read_images, training_sample
+from flatmin.train.loaders import training_sample
 from flatmin.train.measured.measures import MEASURES, MeasureSettings, planned_measures
 from flatmin.train.measured.subject import ImageChoice, Subject, subject_of_run
 from flatmin.train.recipes import recipe_config
@@ -303,7 +304,7 @@ def test_a_network_of_ones_own_with_dictionaries_as_batches(
         (["nowhere"], 1, "nowhere is not the directory of a run: it has no config.yaml"),
         ([], 2, "runs must name at least one directory, got none"),
         (["RUN", "RUN"], 2, "runs must differ, got one twice"),
-        (["RUN", "--measures=flatness"], 2, f"measures must be among {', '.join(MEASURES)}, got flatness"),
+        (["RUN", "--measures=flatness"], 2, f"measures must be one of {', '.join(MEASURES)}, got 'flatness'"),
         (["RUN", "--measures=m-sharpness", "--m=4,x"], 2, "m must be whole numbers joined by commas, got x"),
         (
             ["RUN", "--measures=m-sharpness", "--m=25"],

@@ -195,7 +195,7 @@ def test_a_group_that_fits_no_batch_is_refused(config: TrainConfig) -> None:
         ("sharpness_images", 0, "sharpness_images must be >= 1, got 0"),
         ("sharpness_rho", -1.0, "sharpness_rho must be >= 0, got -1.0"),
         ("sharpness_m", 7, r"sharpness_m must divide batch_size \(600\), got 7"),
-        ("sharpness_batchnorm", "both", "sharpness_batchnorm must be one of running, batch, got both"),
+        ("sharpness_batchnorm", "both", "sharpness_batchnorm must be one of running, batch, got 'both'"),
     ],
 )
 def test_settings_outside_their_domain_are_refused(

@@ -12,7 +12,8 @@ import pytest
 from one_by_one import OneByOne
 from rich.console import Console
 
-from flatmin.train.checkpoint import atomic_write, checkpoint_paths
+from flatmin.train.atomic_file import atomic_write
+from flatmin.train.checkpoint import checkpoint_paths
 from flatmin.train.config import TrainConfig
 from flatmin.train.errors import TrainingError
 from flatmin.train.loop import train

@@ -80,7 +80,7 @@ def test_options_of_a_method_are_axes_for_the_methods_that_have_them() -> None:
         (["epochs=1.5"], "grid epochs: epochs must be of type int, got 1.5"),
         (["rho="], "grid must look like rho=0.05,0.1, got rho="),
         (["rho"], "grid must look like rho=0.05,0.1, got rho"),
-        (["method=sgd,adam"], f"grid method must be one of {', '.join(get_args(Method))}, got adam"),
+        (["method=sgd,adam"], f"grid method must be one of {', '.join(get_args(Method))}, got 'adam'"),
         (["augmentation=all"], "grid point method=sam, augmentation=all: augmentation must be none or some of"),
         (["momentum=0.0,0.9"], "grid point method=sam, momentum=0.0: nesterov needs momentum > 0"),
         (["method.alpha=1,2"], "grid method.alpha must be an option of a method of the grid, sam"),

@@ -1,10 +1,12 @@
 """Gradients of several micro-batches, put aside and combined into one."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from flatmin.choices import check_choice
 
 Reduction = Literal["mean", "sum"]
 
@@ -89,8 +91,7 @@ def one_after_another(
 
 def check_reduction(reduction: str) -> None:
     """Raise ``ValueError`` where the argument is none of those."""
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
+    check_choice("reduction", reduction, get_args(Reduction))
 
 
 def reduced(losses: Sequence[Any], reduction: Reduction) -> Any:

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flatmin.choices import check_choice
 from flatmin.optim.arguments import check_number
 from flatmin.optim.groups import is_perturbed
 from flatmin.optim.space import Space
@@ -152,8 +153,7 @@ class SurrogateGap(Combine):
 
     def __init__(self, alpha: float, minimised: Literal["perturbed", "clean"] = "perturbed") -> None:
         check_number("alpha", alpha, ">= 0 and finite")
-        if minimised not in ("perturbed", "clean"):
-            raise ValueError(f'minimised must be "perturbed" or "clean", got {minimised!r}')
+        check_choice("minimised", minimised, ("perturbed", "clean"))
         self.alpha = alpha
         self.minimised = minimised
 

@@ -7,13 +7,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from flatmin.choices import check_choice
+
 SaveTo = Literal["device", "host"]
 
 
 def check_save_to(save_to: str) -> None:
     """Raise ``ValueError`` unless it is one of the two."""
-    if save_to not in get_args(SaveTo):
-        raise ValueError(f'save_to must be "device" or "host", got {save_to!r}')
+    check_choice("save_to", save_to, get_args(SaveTo))
 
 
 def is_on_host(param: Tensor) -> bool:

@@ -1,10 +1,11 @@
 """Metrics: the diagonal scaling T in which a ball is measured, ``||T^-1 eps||_p <= rho``."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor
 
+from flatmin.choices import check_choice
 from flatmin.optim.arguments import check_number
 from flatmin.optim.space import Space
 
@@ -101,8 +102,7 @@ class Adaptive:
     depends_on_scale = False
 
     def __init__(self, eta: float = 0.01, scaled: Scaled = "weights") -> None:
-        if scaled not in ("weights", "matrices", "all"):
-            raise ValueError(f'scaled must be "weights", "matrices" or "all", got {scaled!r}')
+        check_choice("scaled", scaled, get_args(Scaled))
         self.eta = eta
         self.scaled = scaled
         self.check(self.defaults)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Unpack, get_args
 import torch
 from torch import Tensor, nn
 
+from flatmin.choices import check_choice
 from flatmin.optim import joint_norm
 from flatmin.sharpness.counts import checked_count
 from flatmin.sharpness.lanczos import Tridiagonal, lanczos
@@ -162,8 +163,7 @@ class _Wanted:
     max_iterations: int
 
     def __post_init__(self) -> None:
-        if self.which not in get_args(Which):
-            raise ValueError(f"which must be 'largest', 'smallest' or 'magnitude', got {self.which!r}")
+        check_choice("which", self.which, get_args(Which))
         if not self.tolerance > 0.0:
             raise ValueError(f"tolerance must be > 0, got {self.tolerance}")
         if not self.max_iterations >= self.k:

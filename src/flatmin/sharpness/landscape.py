@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from flatmin.choices import check_choice
 from flatmin.sharpness.batches import num_examples
 from flatmin.sharpness.grid_log import GridLog, fingerprint
 from flatmin.sharpness.loss_functions import LossFn, as_scalar
@@ -139,8 +140,7 @@ def _loss_at(  # noqa: PLR0917 - the two callers name them all
     options: GridOptions,
 ) -> Tensor:
     refuse_unknown(options, GridOptions)
-    if batch_norm not in get_args(PointStatistics):
-        raise ValueError(f"batch_norm must be 'batch', 'running' or 'recomputed', got {batch_norm!r}")
+    check_choice("batch_norm", batch_norm, get_args(PointStatistics))
     params = list(model.parameters())
     for direction in directions:
         _check_direction(direction, params)

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypedDict, Unpack, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from flatmin.choices import check_choice
 from flatmin.optim import joint_norm
 from flatmin.sharpness.loss_functions import LossFn
 from flatmin.sharpness.measure import NotFiniteError, Setting
@@ -79,8 +80,7 @@ def hessian_product(
     Raises:
         ValueError: ``hvp`` is unknown or ``difference_step`` is not positive.
     """
-    if hvp not in get_args(HvpMethod):
-        raise ValueError(f"hvp must be 'double_backward' or 'finite_differences', got {hvp!r}")
+    check_choice("hvp", hvp, get_args(HvpMethod))
     if difference_step is not None and not 0.0 < difference_step < math.inf:
         raise ValueError(f"difference_step must be > 0 and finite, got {difference_step}")
     if hvp == "double_backward":

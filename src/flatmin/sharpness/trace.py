@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Unpack, get_args
 import torch
 from torch import Tensor, nn
 
+from flatmin.choices import check_choice
 from flatmin.optim import joint_dot
 from flatmin.sharpness.counts import checked_count
 from flatmin.sharpness.interval import mean_and_half_width
@@ -82,8 +83,7 @@ def hessian_trace(
         Algorithm 1.
     """
     start = time.perf_counter()
-    if estimator not in get_args(Estimator):
-        raise ValueError(f"estimator must be 'hutchinson' or 'hutch++', got {estimator!r}")
+    check_choice("estimator", estimator, get_args(Estimator))
     fewest = 2 if estimator == "hutchinson" else 4
     num_products = checked_count("num_products", num_products, fewest, f"for {estimator}")
     objective = Objective(model, loss_fn, data, **loss_options(options))

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from flatmin.choices import check_choice
+
 BatchStatistics = Literal["batch", "running"]
 
 
@@ -23,8 +25,7 @@ def unchanged(model: nn.Module, batch_norm: BatchStatistics) -> Iterator[list[Te
     Raises:
         ValueError: ``batch_norm`` is neither.
     """
-    if batch_norm not in get_args(BatchStatistics):
-        raise ValueError(f"batch_norm must be 'batch' or 'running', got {batch_norm!r}")
+    check_choice("batch_norm", batch_norm, get_args(BatchStatistics))
     params = list(model.parameters())
     weights = [param.detach().clone() for param in params]
     grads = [None if param.grad is None else (param.grad, param.grad.clone()) for param in params]

@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn, cast, get_args
 
 import tyro
 
+from flatmin.choices import check_choice
 from flatmin.train.config import TrainConfig
 from flatmin.train.config_file import load_config
 from flatmin.train.errors import UsageError
@@ -41,8 +42,8 @@ def config_from_arguments(arguments: Sequence[str], command: str = "train") -> T
     parser.add_argument("--config", type=Path)
     parser.add_argument("--method")
     chosen, rest = parser.parse_known_args(rest)
-    if chosen.method is not None and chosen.method not in get_args(Method):
-        raise UsageError(f"method must be one of {', '.join(get_args(Method))}, got {chosen.method}")
+    if chosen.method is not None:
+        check_choice("method", chosen.method, get_args(Method), UsageError)
     try:
         if chosen.config is not None:
             if recipe is not None:

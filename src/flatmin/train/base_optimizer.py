@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 import torch
 from torch.optim import Optimizer
 
-from flatmin.train.errors import TrainingError
+from flatmin.train.errors import TrainingError, one_line
 
 __all__ = ["base_optimizer", "check_optimizer", "parsed_options"]
 
@@ -52,7 +52,7 @@ def base_optimizer(
     try:
         base: Optimizer = _constructor(name)(groups, lr=lr, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TrainingError(f"optimizer {name} refuses its arguments: {' '.join(str(error).split())}") from error
+        raise TrainingError(f"optimizer {name} refuses its arguments: {one_line(error)}") from error
     if "weight_decay" not in base.defaults and any(group["weight_decay"] > 0.0 for group in groups):
         raise TrainingError(f"optimizer {name} has no weight decay: choose --weight-decay-in decoupled or loss")
     return base

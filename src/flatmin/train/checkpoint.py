@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
+from flatmin.train.atomic_file import replaced_file
 from flatmin.train.errors import TrainingError
 
-__all__ = [
-    "atomic_write",
-    "checkpoint_paths",
-    "load_newest_checkpoint",
-    "replaced_file",
-    "save_checkpoint",
-    "write_state",
-]
+__all__ = ["checkpoint_paths", "load_newest_checkpoint", "save_checkpoint", "write_state"]
 
 
 def save_checkpoint(directory: Path, step: int, state: Mapping[str, Any], num_kept: int = 2) -> Path:
@@ -76,37 +68,6 @@ def load_newest_checkpoint(directory: Path) -> dict[str, Any] | None:
 def checkpoint_paths(directory: Path) -> list[Path]:
     """All checkpoints of a run, the newest first."""
     return sorted(directory.glob("checkpoint-*.pt"), reverse=True)
-
-
-def atomic_write(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash at any moment, sees the old content or the new."""
-    with replaced_file(path) as file:
-        file.write(text.encode())
-
-
-@contextmanager
-def replaced_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a new file that takes the name ``path`` when the block ends; where it fails the old one stays."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        _move(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _move(temporary: Path, path: Path) -> None:
-    """Rename, and make the new name survive a power failure."""
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _root_cause(error: BaseException) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from flatmin import __version__
+from flatmin.choices import check_choice
 from flatmin.train.errors import TrainingError, UsageError
 
 __all__ = ["COMMANDS", "main"]
@@ -71,8 +72,7 @@ def run_command(name: str, *arguments: str) -> None:
         UsageError: If there is no such command, or it does not know an argument.
         TrainingError: If it cannot do its work.
     """
-    if name not in COMMANDS:
-        raise UsageError(f"command must be one of {', '.join(COMMANDS)}, got {name}")
+    check_choice("command", name, COMMANDS, UsageError)
     module, function = COMMANDS[name][1].split(":")
     try:
         command = getattr(import_module(module), function)

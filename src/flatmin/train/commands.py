@@ -17,8 +17,9 @@ from flatmin.train.config import Accelerator, Method
 from flatmin.train.config_file import config_to_yaml
 from flatmin.train.errors import UsageError, check_threads
 from flatmin.train.evaluate import evaluate
+from flatmin.train.images import Split, read_images
 from flatmin.train.launch import make_fabric
-from flatmin.train.loaders import Split, eval_loader, read_images
+from flatmin.train.loaders import eval_loader
 from flatmin.train.loop import train
 from flatmin.train.recipes import RECIPES, Recipe, find_recipe
 from flatmin.train.trained import load_run

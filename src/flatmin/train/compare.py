@@ -18,7 +18,7 @@ import yaml
 from rich.console import Console
 
 from flatmin.train.arguments import config_from_arguments
-from flatmin.train.checkpoint import atomic_write
+from flatmin.train.atomic_file import atomic_write
 from flatmin.train.comparison import TrialResult, make_comparison, passes_per_step
 from flatmin.train.config import Method, TrainConfig
 from flatmin.train.config_file import typed_options

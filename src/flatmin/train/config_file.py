@@ -10,7 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from flatmin.train.config import TrainConfig
-from flatmin.train.errors import TrainingError
+from flatmin.train.errors import TrainingError, one_line
 from flatmin.train.methods import METHODS, option_types, resolved_options
 
 __all__ = ["config_to_yaml", "load_config", "load_run_config", "typed_options", "typed_value"]
@@ -52,7 +52,7 @@ def load_config(path: Path) -> TrainConfig:
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is not valid YAML: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must map field names to values, got {type(values).__name__}")
     hints = get_type_hints(TrainConfig)

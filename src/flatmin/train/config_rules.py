@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
+from flatmin.choices import check_choice
 from flatmin.sharpness import SharpnessMonitor
 from flatmin.train.base_optimizer import check_optimizer
 from flatmin.train.data import named_parts
@@ -62,10 +63,10 @@ def check_config(config: TrainConfig) -> None:
 
 def _check_choices(config: TrainConfig) -> None:
     config_class: Any = type(config)
-    for name, choices in _choices(config_class).items():
-        if getattr(config, name) not in choices:
-            allowed = ", ".join(choice for choice in choices if choice is not None)
-            raise ValueError(f"{name} must be one of {allowed}, got {getattr(config, name)}")
+    for name, (choices, may_be_none) in _choices(config_class).items():
+        value = getattr(config, name)
+        if not (value is None and may_be_none):
+            check_choice(name, value, choices)
 
 
 def _check_numbers(config: TrainConfig) -> None:
@@ -153,13 +154,16 @@ def _check_ranges(config: TrainConfig) -> None:
 
 
 @cache
-def _choices(config_class: type[TrainConfig]) -> dict[str, tuple[str | None, ...]]:
-    """Values of the fields that have a fixed few; reading the hints takes longer than all checks together."""
-    choices: dict[str, tuple[str | None, ...]] = {}
+def _choices(config_class: type[TrainConfig]) -> dict[str, tuple[tuple[str, ...], bool]]:
+    """The fields that hold one of a few words: which, and whether None stands for one.
+
+    Kept, since reading the hints takes longer than all checks together.
+    """
+    choices = {}
     for name, hint in get_type_hints(config_class).items():
         kinds = [hint] if get_origin(hint) is Literal else [kind for kind in get_args(hint) if kind is not type(None)]
-        if len(kinds) == 1 and get_origin(kinds[0]) is Literal:  # a choice, or a choice or None
-            choices[name] = (*get_args(kinds[0]), *([] if kinds[0] is hint else [None]))
+        if len(kinds) == 1 and get_origin(kinds[0]) is Literal:
+            choices[name] = get_args(kinds[0]), kinds[0] is not hint
     return choices
 
 

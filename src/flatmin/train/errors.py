@@ -1,6 +1,6 @@
 """The errors that end a command for a reason its user can act on."""
 
-__all__ = ["DirectoryInUse", "NonFiniteLossError", "TrainingError", "UsageError", "check_threads"]
+__all__ = ["DirectoryInUse", "NonFiniteLossError", "TrainingError", "UsageError", "check_threads", "one_line"]
 
 
 class TrainingError(RuntimeError):
@@ -32,3 +32,8 @@ def check_threads(threads: int | None) -> None:
     """Raise ``UsageError`` for a number of CPU threads below 1; None leaves the number to torch."""
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be >= 1, got {threads}")
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of another library says, which may be a page, as a part of our sentence."""
+    return " ".join(str(error).split())

@@ -10,7 +10,7 @@ import tyro
 from safetensors.torch import save
 from torch import Tensor
 
-from flatmin.train.checkpoint import replaced_file
+from flatmin.train.atomic_file import replaced_file
 from flatmin.train.config import TrainConfig
 from flatmin.train.errors import UsageError
 from flatmin.train.facts import facts_of

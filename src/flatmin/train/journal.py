@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from flatmin.train.config import TrainConfig
-from flatmin.train.errors import TrainingError
+from flatmin.train.errors import TrainingError, one_line
 
 __all__ = ["Journal", "read_metrics"]
 
@@ -108,7 +108,6 @@ def _started_wandb(config: TrainConfig) -> Any:
             config=values,
         )
     except Exception as error:  # of its settings, its network or its account, each of a kind of its own
-        reason = " ".join(str(error).split())
         raise TrainingError(
-            f"--wandb could not start Weights & Biases: {reason} (WANDB_MODE=offline needs no account)"
+            f"--wandb could not start Weights & Biases: {one_line(error)} (WANDB_MODE=offline needs no account)"
         ) from error

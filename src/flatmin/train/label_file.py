@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from flatmin.train.checkpoint import replaced_file
+from flatmin.train.atomic_file import replaced_file
 from flatmin.train.config import TrainConfig
 from flatmin.train.data.image_set import check_labels
 from flatmin.train.errors import TrainingError

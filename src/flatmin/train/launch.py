@@ -14,7 +14,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch.nn.parallel import DistributedDataParallel
 
 from flatmin.train.config import TrainConfig
-from flatmin.train.errors import TrainingError
+from flatmin.train.errors import TrainingError, one_line
 
 __all__ = ["forward", "make_fabric"]
 
@@ -44,9 +44,8 @@ def make_fabric(config: TrainConfig) -> Fabric:
             precision=config.precision,
         )
     except (RuntimeError, ValueError, MisconfigurationException) as error:
-        reason = " ".join(str(error).split())
         raise TrainingError(
-            f"accelerator {config.accelerator} with devices {config.devices} must be on this machine: {reason}"
+            f"accelerator {config.accelerator} with devices {config.devices} must be on this machine: {one_line(error)}"
         ) from error
 
 

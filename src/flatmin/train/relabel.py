@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from flatmin.train.config import Accelerator, TrainConfig
 from flatmin.train.data import EvalLoader
+from flatmin.train.images import read_images
 from flatmin.train.label_file import write_labels
 from flatmin.train.launch import forward, make_fabric
-from flatmin.train.loaders import eval_loader, read_images
+from flatmin.train.loaders import eval_loader
 from flatmin.train.trained import load_run
 
 __all__ = ["RelabelArguments", "predicted_labels", "relabel_command", "relabelled"]

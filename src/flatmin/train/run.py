@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from flatmin.train.checkpoint import atomic_write, checkpoint_paths
+from flatmin.train.atomic_file import atomic_write
+from flatmin.train.checkpoint import checkpoint_paths
 from flatmin.train.config import TrainConfig, differing_fields
 from flatmin.train.config_file import config_to_yaml, load_run_config
 from flatmin.train.errors import DirectoryInUse, TrainingError

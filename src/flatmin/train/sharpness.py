@@ -20,9 +20,14 @@ __all__ = ["EpochSharpness", "EpochValues"]
 
 
 class EpochValues(NamedTuple):
-    """Values for the record, None where not measured, and what happened in words; none if nothing was due."""
+    """What measuring brought after an epoch, for the record of the run.
+
+    ``values`` by name, None where not measured; in ``timing`` what measuring has cost by now and how often it was left
+    out; what happened in ``words``, none if nothing was due.
+    """
 
     values: dict[str, float | None]
+    timing: dict[str, float]
     words: str
 
 
@@ -59,28 +64,24 @@ class EpochSharpness:
 
     def after_epoch(self, state: TrainingState) -> EpochValues:
         """Measure the epoch that has just ended, if it is due and can be afforded; ``state`` keeps what that cost."""
-        names = [f"sharpness_{name}" for name in self.monitor.names]
-        nothing: dict[str, float | None] = dict.fromkeys(names)
-        found = EpochValues(nothing, "")
+        values: dict[str, float | None] = {f"sharpness_{name}": None for name in self.monitor.names}
+        words = ""
         if (state.epoch + 1) % (self.config.sharpness_every or 1) == 0:
             if self.fabric.broadcast(self.monitor.can_afford()):  # clocks differ between processes
                 with state.true_weights():
                     numbers = self._measured(state.evaluated_model)
+                values = {f"sharpness_{name}": value for name, value in numbers.items()}
                 words = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
-                found = EpochValues(dict(zip(names, numbers.values(), strict=True)), words)
             else:
                 self.monitor.skip()
-                found = EpochValues(nothing, "sharpness skipped: its budget is spent for now")
+                words = "sharpness skipped: its budget is spent for now"
         self.keep_spent(state)
-        return found
+        timing = {"sharpness_seconds": self.monitor.spent_seconds, "sharpness_skipped": self.monitor.num_skipped}
+        return EpochValues(values, timing, words)
 
     def keep_spent(self, state: TrainingState) -> None:
         """Write into ``state`` what measuring has cost by now."""
         state.sharpness = self.monitor.state_dict()
-
-    def timing(self) -> dict[str, float]:
-        """What measuring has cost by now and how often it was left out, for the record of times."""
-        return {"sharpness_seconds": self.monitor.spent_seconds, "sharpness_skipped": self.monitor.num_skipped}
 
     def _measured(self, model: nn.Module) -> dict[str, float]:
         several = self.fabric.world_size > 1

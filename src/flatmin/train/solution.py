@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flatmin.sharpness import filter_normalised_direction, gradient_direction, loss_on_line, loss_on_plane
-from flatmin.train.checkpoint import atomic_write
+from flatmin.train.atomic_file import atomic_write
 from flatmin.train.config import TrainConfig
 from flatmin.train.data import TrainLoader
 from flatmin.train.launch import make_fabric

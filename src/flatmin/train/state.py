@@ -17,7 +17,7 @@ import flatmin
 from flatmin.train.averaging import averaged
 from flatmin.train.batch_statistics import freeze_statistics_, synchronised
 from flatmin.train.config import TrainConfig
-from flatmin.train.errors import TrainingError
+from flatmin.train.errors import TrainingError, one_line
 from flatmin.train.facts import facts_of
 from flatmin.train.models import build_model
 from flatmin.train.optimizers import build_optimizer
@@ -173,7 +173,7 @@ def average_of(config: TrainConfig, model: nn.Module) -> AveragedModel:
 
 def unfit_checkpoint(error: Exception) -> TrainingError:
     """What to raise where a checkpoint is whole, but of another network than its configuration builds here."""
-    reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+    reason = f"it has no {error}" if isinstance(error, KeyError) else one_line(error)
     return TrainingError(
         f"the newest checkpoint must fit the configuration, as one of the same versions of all packages does: {reason}"
     )

@@ -14,6 +14,7 @@ from rich.console import Console
 from flatmin.train.checkpoint import save_checkpoint, write_state
 from flatmin.train.config import TrainConfig
 from flatmin.train.data import EvalLoader
+from flatmin.train.epoch_record import epoch_line, epoch_metrics
 from flatmin.train.errors import NonFiniteLossError
 from flatmin.train.evaluate import Evaluation, evaluate
 from flatmin.train.failure import kept_failure
@@ -22,9 +23,8 @@ from flatmin.train.loaders import Loaders
 from flatmin.train.methods import has_loss_rise
 from flatmin.train.progress import TrainingProgress
 from flatmin.train.run import write_summary
-from flatmin.train.sharpness import EpochSharpness
+from flatmin.train.sharpness import EpochSharpness, EpochValues
 from flatmin.train.state import TrainingState
-from flatmin.train.step import step_learning_rate
 from flatmin.train.summary import Summary
 from flatmin.train.sums import EpochMeans
 
@@ -109,35 +109,15 @@ class RunWriter:
     def after_epoch(self, state: TrainingState) -> dict[str, float | None]:
         """Evaluate, if it is time for it, and record the epoch or the part of it that was trained."""
         means = self._means(state)
-        evaluation = on_train = None
-        if (state.epoch + 1) % self.config.eval_every == 0 or state.step == self.last_step:
-            with state.true_weights():
-                evaluation = self._evaluation(state, self.loaders.evaluation)
-                on_train = self._evaluation(state, self.loaders.train_evaluation)
-        metrics = {
-            "epoch": state.step / state.num_batches,
-            "step": state.step,
-            "train_loss": means.train_loss,
-            "train_error_percent": means.train_error_percent,
-            **self._evaluated("eval", evaluation),
-            **(self._evaluated("eval_train", on_train) if self.config.eval_train else {}),
-            "learning_rate": step_learning_rate(self.config, state.step - 1, state.num_batches),
-            "rho": state.optimizer.param_groups[0].get("rho"),
-            "loss_rise": means.loss_rise,
-            "gradient_norm": means.gradient_norm,
-            "passes_per_step": state.num_passes / state.batch,
-        }
-        timing: dict[str, float] = {"step": state.step}
-        words = ""
-        if self.sharpness is not None:
-            found = self.sharpness.after_epoch(state)
-            metrics, timing, words = metrics | found.values, timing | self.sharpness.timing(), found.words
-        timing["wall_seconds"] = time.monotonic() - self.started
+        on_held_out, on_train = self._evaluations(state)
+        sharpness = EpochValues({}, {}, "") if self.sharpness is None else self.sharpness.after_epoch(state)
+        metrics = epoch_metrics(self.config, state, means, on_held_out, on_train) | sharpness.values
+        wall_seconds = self._wall_seconds()
         if self.journal is not None:
+            timing = {"step": state.step, **sharpness.timing, "wall_seconds": wall_seconds}
             self.journal.write(state.step, metrics, timing)
-        self.progress.epoch_done(
-            _line(self.config, state.epoch, means, evaluation, words, f"{timing['wall_seconds']:.0f} s")
-        )
+        line = epoch_line(self.config, state.epoch, means, on_held_out, sharpness.words, f"{wall_seconds:.0f} s")
+        self.progress.epoch_done(line)
         return metrics
 
     def finish(self, state: TrainingState, metrics: dict[str, float | None]) -> Summary:
@@ -153,7 +133,7 @@ class RunWriter:
             steps=state.step,
             complete=state.step == config.epochs * state.num_batches,
             eval_on=config.eval_on,
-            wall_seconds=time.monotonic() - self.started,
+            wall_seconds=self._wall_seconds(),
             **measured,
         )
         if self.journal is not None:
@@ -168,14 +148,19 @@ class RunWriter:
         share = state.num_perturbed_steps / max(state.batch, 1)
         return replace(means, loss_rise=means.loss_rise / share if means.loss_rise is not None and share else None)
 
-    def _evaluation(self, state: TrainingState, batches: EvalLoader | None) -> Evaluation | None:
-        if batches is None:
-            return None
+    def _evaluations(self, state: TrainingState) -> tuple[Evaluation | None, Evaluation | None]:
+        """Results on the images held out and on the training images; None where it is not time for one."""
+        if (state.epoch + 1) % self.config.eval_every and state.step != self.last_step:
+            return None, None
+        held_out, train = self.loaders.evaluation, self.loaders.train_evaluation
+        with state.true_weights():
+            return self._evaluation(state, held_out), None if train is None else self._evaluation(state, train)
+
+    def _evaluation(self, state: TrainingState, batches: EvalLoader) -> Evaluation:
         return evaluate(self.fabric, state.evaluated_model, batches, self.config.max_eval_batches)
 
-    def _evaluated(self, name: str, evaluation: Evaluation | None) -> dict[str, float | None]:
-        values = ("loss", "error_percent", *(("top5_error_percent",) if self.config.top5 else ()))
-        return {f"{name}_{value}": None if evaluation is None else getattr(evaluation, value) for value in values}
+    def _wall_seconds(self) -> float:
+        return time.monotonic() - self.started
 
     def _save_is_due(self, step: int, num_epochs: int | None) -> bool:
         every = self.config.checkpoint_every
@@ -203,18 +188,10 @@ class RunWriter:
     def _saved_state(self, state: TrainingState) -> Iterator[dict[str, Any]]:
         """Give what to write, which holds the weights themselves: it is right inside the block alone."""
         self._means(state)  # raises if the loss was not finite: such weights must not replace good ones
-        state.wall_seconds = time.monotonic() - self.started
+        state.wall_seconds = self._wall_seconds()
         if self.sharpness is not None:
             self.sharpness.keep_spent(state)
         if self.journal is not None:
             state.metrics_bytes = self.journal.synced_bytes()
         with state.true_weights():
             yield state.state_dict(self.fabric)
-
-
-def _line(config: TrainConfig, epoch: int, means: EpochMeans, evaluation: Evaluation | None, *words: str) -> str:
-    parts = [f"epoch {epoch + 1}/{config.epochs}", f"loss {means.train_loss:.3f}"]
-    parts.append(f"train error {means.train_error_percent:.2f} %")
-    if evaluation is not None:
-        parts.append(f"{config.eval_on} error {evaluation.error_percent:.2f} %")
-    return "  ".join([*parts, *filter(None, words)])

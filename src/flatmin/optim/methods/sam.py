@@ -4,6 +4,7 @@ from typing import Literal, Unpack
 
 from torch.optim import Optimizer
 
+from flatmin.choices import check_choice
 from flatmin.optim.balls import Ball
 from flatmin.optim.directions import RandomDirection
 from flatmin.optim.engine import SharpnessAware
@@ -50,7 +51,6 @@ class SAM(SharpnessAware):
         seed: int = 0,
         **options: Unpack[EngineOptions],
     ) -> None:
-        if direction not in ("gradient", "random"):
-            raise ValueError(f'direction must be "gradient" or "random", got {direction!r}')
+        check_choice("direction", direction, ("gradient", "random"))
         drawn = RandomDirection(seed, after_clean_pass=True) if direction == "random" else None
         super().__init__(base, rho, direction=drawn, ball=Ball(p), **options)

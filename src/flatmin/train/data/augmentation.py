@@ -5,7 +5,8 @@ from typing import Literal, get_args
 
 import torch
 
-from flatmin.train.data.autoaugment import AutoAugment, RandAugment, check_choice
+from flatmin.choices import check_choice
+from flatmin.train.data.autoaugment import AutoAugment, RandAugment
 from flatmin.train.data.crops import Draws, PaddingMode
 
 CutoutScope = Literal["image", "batch"]

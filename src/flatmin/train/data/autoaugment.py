@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from flatmin.choices import check_choice
 from flatmin.train.data.operations import KINDS, Operations
 from flatmin.train.data.policies import POLICIES, PolicyName, SubPolicy
 
@@ -184,9 +185,3 @@ def with_signs_and_centres(
     is_signed = torch.isin(kinds, torch.tensor([KINDS[name] for name in SIGNED]))
     centres = torch.stack([torch.randint(length, kinds.shape, generator=generator) for length in side], dim=-1)
     return Operations(kinds, torch.where(is_signed, signs, 1) * magnitudes, centres)
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

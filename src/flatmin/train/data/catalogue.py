@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from flatmin.choices import check_choice
 from flatmin.train.data.augmentation import Augmentation
 from flatmin.train.data.image_set import ImageSet
 from flatmin.train.data.normalization import Normalization
@@ -111,8 +112,7 @@ def dataset_facts(name: DatasetName) -> DatasetFacts:
     Raises:
         ValueError: No such data set.
     """
-    if name not in CATALOGUE:
-        raise ValueError(f"dataset must be one of {', '.join(CATALOGUE)}, got {name!r}")
+    check_choice("dataset", name, CATALOGUE)
     return CATALOGUE[name]
 
 

@@ -9,6 +9,7 @@ import torch
 from flatmin.train.data.catalogue import DatasetName
 from flatmin.train.data.image_files import FileSet, ImageFiles
 from flatmin.train.data.seeding import generator_from
+from flatmin.train.errors import one_line
 
 TEST_FOLDERS = ("test", "val", "validation", "valid")
 
@@ -133,10 +134,9 @@ def read_torchvision(name: str, directory: Path, *, download: bool) -> FileSet:
         else:
             parts = [opened(datasets.StanfordCars, split) for split in ("train", "test")]
     except (OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
         raise FileNotFoundError(
             f"{name} is not in {directory}, where it must lie as torchvision keeps it, and could not be downloaded "
-            f"({reason})"
+            f"({one_line(error)})"
         ) from error
     *train, test = [samples_of(part) for part in parts]
     joined = [path for paths, _ in train for path in paths], [label for _, labels in train for label in labels]

@@ -1,6 +1,5 @@
 """The one file in which a data set is kept: read with suspicion, written all at once."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -8,6 +7,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from flatmin.train.atomic_file import replaced_file
 from flatmin.train.data.image_set import ImageSet
 
 TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -59,16 +59,13 @@ def as_int64(name: str, labels: Tensor) -> Tensor:
 def write_image_file(path: Path, images: ImageSet) -> None:
     """Write a file for `read_image_file`, whole or not at all.
 
-    The bytes go to a temporary file in the same directory, reach the disk, and then take the name ``path`` in one step,
-    so that neither a reader nor a crash ever sees half a file.
-
     Args:
         path: The file to make or to replace; its directory is made when it is missing.
         images: What to write. Labels are stored as uint8.
 
     Raises:
         ValueError: There are more than 256 classes, or the name of a class holds a comma.
-        OSError: The file cannot be written. The temporary file is gone again.
+        OSError: The file cannot be written; an older one stays as it was.
     """
     if images.num_classes > 256 or any("," in name for name in images.classes):
         raise ValueError(f"classes must be at most 256 names without a comma, got {images.classes}")
@@ -76,12 +73,5 @@ def write_image_file(path: Path, images: ImageSet) -> None:
     for name in ("train_labels", "test_labels"):
         tensors[name] = tensors[name].to(torch.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(save(tensors, metadata={"classes": ",".join(images.classes)}))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced_file(path) as file:
+        file.write(save(tensors, metadata={"classes": ",".join(images.classes)}))

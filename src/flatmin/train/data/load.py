@@ -13,6 +13,7 @@ from flatmin.train.data.digits import read_digits
 from flatmin.train.data.image_file import read_image_file, write_image_file
 from flatmin.train.data.image_set import ImageSet
 from flatmin.train.data.seeding import generator_from
+from flatmin.train.errors import one_line
 
 TORCHVISION_CLASSES = {"fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 
@@ -93,7 +94,7 @@ def downloaded(name: DatasetName, path: Path, *, download: bool) -> ImageSet:
             dataset = getattr(datasets, TORCHVISION_CLASSES[name])
             train, test = (dataset(directory, train=train, download=True) for train in (True, False))
     except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         height, width, channels = dataset_facts(name).image_shape
         package = " or install Debian's package dataset-fashion-mnist" if name == "fashion-mnist" else ""
         raise FileNotFoundError(

@@ -10,8 +10,8 @@ import tyro
 
 from flatmin.train.config import Accelerator, TrainConfig
 from flatmin.train.errors import UsageError, check_threads
+from flatmin.train.images import Split
 from flatmin.train.launch import make_fabric
-from flatmin.train.loaders import Split
 from flatmin.train.measured.factory import subject_of_factory
 from flatmin.train.measured.subject import ImageChoice, Subject, subject_of_run
 

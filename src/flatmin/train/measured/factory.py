@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flatmin.sharpness import num_examples
-from flatmin.train.errors import TrainingError, UsageError
+from flatmin.train.errors import TrainingError, UsageError, one_line
 from flatmin.train.measured.subject import Subject
 
 __all__ = ["subject_of_factory"]
@@ -87,8 +87,7 @@ def _load(model: nn.Module, path: Path) -> None:
         entry = next((saved[name] for name in _WEIGHTS_ENTRIES if isinstance(saved.get(name), Mapping)), saved)
         model.load_state_dict({name.removeprefix("module."): value for name, value in entry.items()})
     except Exception as error:  # damage shows as an error of any kind
-        reason = " ".join(str(error).split())
-        raise TrainingError(f"{path} must hold weights of {type(model).__name__}: {reason}") from error
+        raise TrainingError(f"{path} must hold weights of {type(model).__name__}: {one_line(error)}") from error
 
 
 def _first_batches(data: Iterable[Any], num_images: int | None) -> list[Any]:

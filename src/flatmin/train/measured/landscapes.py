@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from flatmin.sharpness import GridOptions, loss_on_line, loss_on_plane, mean_loss
-from flatmin.train.checkpoint import atomic_write
+from flatmin.train.atomic_file import atomic_write
 from flatmin.train.errors import TrainingError
 from flatmin.train.measured.directions import View
 from flatmin.train.measured.processes import is_first

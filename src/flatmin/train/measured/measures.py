@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from flatmin.choices import check_choice
 from flatmin.sharpness import (
     Measure,
     average_case,
@@ -124,8 +125,7 @@ def planned_measures(
 def check_names(names: Sequence[str]) -> None:
     """Raise ``UsageError`` unless every name is one of a measure."""
     for name in names:
-        if name not in MEASURES:
-            raise UsageError(f"measures must be among {', '.join(MEASURES)}, got {name}")
+        check_choice("measures", name, MEASURES, UsageError)
 
 
 def _fitting(ms: tuple[int, ...] | None, largest: int) -> tuple[int, ...]:

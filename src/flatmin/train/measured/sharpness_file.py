@@ -11,7 +11,7 @@ import torch
 
 from flatmin import __version__
 from flatmin.sharpness import Measure
-from flatmin.train.checkpoint import atomic_write
+from flatmin.train.atomic_file import atomic_write
 from flatmin.train.environment import device_name
 from flatmin.train.measured.subject import Subject
 

@@ -17,8 +17,9 @@ from flatmin.train.config import Accelerator, TrainConfig
 from flatmin.train.data import EvalLoader
 from flatmin.train.errors import UsageError
 from flatmin.train.facts import facts_of, is_file_set
+from flatmin.train.images import Split, images_of_split, read_images, sample_of
 from flatmin.train.launch import make_fabric
-from flatmin.train.loaders import Split, image_source, images_of_split, read_images, sample_of
+from flatmin.train.loaders import image_source
 from flatmin.train.trained import load_run
 
 __all__ = ["ImageChoice", "Subject", "directory_of_all", "distinct_names", "subject_of_run"]

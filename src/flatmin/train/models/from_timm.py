@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from flatmin.train.errors import one_line
 from flatmin.train.models.options import ModelOptions
 
 TF_BATCH_NORM = {"bn_momentum": 0.01}  # beside the epsilon of 1e-3 that timm sets: the release's momentum of 0.99
@@ -124,7 +125,7 @@ def _one_line_errors(timm_name: str, options: ModelOptions) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of any kind: the network, the hub, the file, the arguments
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {one_line(error)[:200]}"
         if options.weights is not None:
             message = f"weights must be a file with weights of {timm_name}, got {options.weights} ({reason})"
             raise ValueError(message) from error

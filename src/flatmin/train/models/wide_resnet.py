@@ -1,12 +1,13 @@
 """Wide residual networks of Zagoruyko and Komodakis (2016), in the form of the SAM authors' release."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flatmin.choices import check_choice
 from flatmin.train.models.initialisation import he_normal_, uniform_head_
 from flatmin.train.models.pool_pad import PoolPad
 
@@ -70,12 +71,10 @@ class WideResNet(nn.Module):
             raise ValueError(f"depth must be 6n + 4 with n >= 1, got {depth}")
         if widen_factor < 1:
             raise ValueError(f"widen_factor must be >= 1, got {widen_factor}")
-        if shortcut not in ("pool-pad", "conv"):
-            raise ValueError(f"shortcut must be 'pool-pad' or 'conv', got {shortcut!r}")
+        check_choice("shortcut", shortcut, get_args(Shortcut))
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        if norm not in ("batch", "none"):
-            raise ValueError(f"norm must be 'batch' or 'none', got {norm!r}")
+        check_choice("norm", norm, get_args(Norm))
         self.conv = nn.Conv2d(in_channels, 16, kernel_size=3, padding=1, bias=False)
         self.blocks = nn.Sequential(*wide_blocks((depth - 4) // 6, widen_factor, shortcut, dropout))
         self.skips = nn.ModuleList(extra_skip_paths(in_channels, widen_factor) if extra_skips else [])

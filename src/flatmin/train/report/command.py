@@ -10,7 +10,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from flatmin.train.checkpoint import atomic_write
+from flatmin.train.atomic_file import atomic_write
 from flatmin.train.errors import TrainingError, UsageError
 from flatmin.train.report.document import Section
 from flatmin.train.report.report_page import ReportContent, render_report

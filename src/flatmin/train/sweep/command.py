@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from flatmin.train.arguments import config_from_arguments
-from flatmin.train.checkpoint import atomic_write
+from flatmin.train.atomic_file import atomic_write
 from flatmin.train.config import Method, TrainConfig
 from flatmin.train.environment import software_versions
 from flatmin.train.errors import TrainingError, UsageError
-from flatmin.train.loaders import read_images
+from flatmin.train.images import read_images
 from flatmin.train.run import locked
 from flatmin.train.step_time import relative_step_times
 from flatmin.train.sweep.contenders import Plan, made_contenders

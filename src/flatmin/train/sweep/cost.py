@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Protocol
 
-from flatmin.train.checkpoint import atomic_write
+from flatmin.train.atomic_file import atomic_write
 from flatmin.train.config import TrainConfig
 from flatmin.train.errors import TrainingError
 from flatmin.train.sweep.contenders import run_name

@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from flatmin.choices import check_choice
 from flatmin.train.config import NEUTRAL_FIELDS, Method, TrainConfig
 from flatmin.train.config_file import typed_value
 from flatmin.train.errors import UsageError
@@ -117,6 +118,6 @@ def _read_value(name: str, text: str, hint: Any) -> Any:
         value = typed_value(name, yaml.safe_load(text), hint)
     except (ValueError, yaml.YAMLError) as error:
         raise UsageError(f"grid {name}: {error}") from error
-    if name == "method" and value not in get_args(Method):
-        raise UsageError(f"grid method must be one of {', '.join(get_args(Method))}, got {value}")
+    if name == "method":
+        check_choice("grid method", value, get_args(Method), UsageError)
     return value

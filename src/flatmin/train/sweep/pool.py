@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from flatmin.train.config import TrainConfig
-from flatmin.train.errors import TrainingError
+from flatmin.train.errors import TrainingError, one_line
 from flatmin.train.summary import Summary
 from flatmin.train.sweep.contenders import Run
 from flatmin.train.trials import num_cores
@@ -118,7 +118,7 @@ class RayPool:
         try:
             result: Result = self._ray.get(task.remote(*arguments))
         except self._ray.exceptions.RayError as error:
-            raise TrainingError(f"{function.__name__} failed: {' '.join(str(error).split())[-300:]}") from error
+            raise TrainingError(f"{function.__name__} failed: {one_line(error)[-300:]}") from error
         return result
 
     def _result(self, task: Any) -> Summary | Exception:
@@ -127,7 +127,7 @@ class RayPool:
         except self._ray.exceptions.RayTaskError as error:
             return error.cause if isinstance(error.cause, Exception) else error
         except self._ray.exceptions.RayError as error:
-            return TrainingError(f"the process or machine of the run was lost: {' '.join(str(error).split())[:300]}")
+            return TrainingError(f"the process or machine of the run was lost: {one_line(error)[:300]}")
         return summary
 
     def _start(self) -> None:

@@ -8,7 +8,8 @@ import platform
 import time
 from pathlib import Path
 
-from flatmin.train.checkpoint import atomic_write, checkpoint_paths
+from flatmin.train.atomic_file import atomic_write
+from flatmin.train.checkpoint import checkpoint_paths
 from flatmin.train.config import TrainConfig
 from flatmin.train.errors import DirectoryInUse, TrainingError
 from flatmin.train.loop import train

@@ -27,11 +27,11 @@ class SharpnessAwareCallback(Callback):
     Plain ``configure_optimizers`` is enough to train: Lightning's closure is torch's. The callback adds, for automatic
     optimization: the second pass sees the dropout masks of the first and leaves buffers, logged values and torchmetrics
     as the first left them; the loss reported is that of the first pass; replicas (DDP) share gradients as ``sync``
-    says; ``accumulate_grad_batches`` perturbs. For manual optimization too: clipping and ``on_before_optimizer_step``
-    act once, on the gradient to follow, and get the base optimizer; a gradient scaler (``"16-mixed"``) unscales that
-    gradient only and steps back after an overflow in either pass. With manual optimization, give the optimizer its
-    ``model=`` yourself. For one-pass methods (``OnePass``): validation, saved weights and the weights that ``fit``
-    leaves are the true ones.
+    says; ``accumulate_grad_batches`` perturbs; a ``training_step`` that returns None skips its batch, or in the second
+    pass the step. For manual optimization too: clipping and ``on_before_optimizer_step`` act once, on the gradient to
+    follow, and get the base optimizer; a gradient scaler (``"16-mixed"``) unscales that gradient only and steps back
+    after an overflow in either pass. With manual optimization, give the optimizer its ``model=`` yourself. For one-pass
+    methods (``OnePass``): validation, saved weights and the weights that ``fit`` leaves are the true ones.
 
     Args:
         shared_perturbation: With ``accumulate_grad_batches``: one perturbation for the whole accumulated batch, whose

@@ -145,7 +145,10 @@ class OnePass(RestingWeights):
             elif has_fresh_gradient(self._params()):
                 self._take_step(scaler)
             else:
-                raise RuntimeError("no parameter has a new gradient: backward() must run before each step()")
+                raise RuntimeError(
+                    "no parameter has a new gradient: backward() must run before each step(). In Lightning, a "
+                    "training_step that returns None needs flatmin.integrations.lightning.SharpnessAwareCallback"
+                )
             return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -5,9 +5,10 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from torch.nn.functional import cross_entropy
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, parameters_to_vector
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -15,6 +16,7 @@ import flatmin
 from by_hand import micro_batch_step, sam_step
 from doors import everything
 from flatmin.integrations.lightning import SharpnessAwareCallback
+from flatmin.integrations.true_weights import true_weights
 from problems import batches, tiny_network
 
 pytestmark = [
@@ -574,3 +576,55 @@ def test_a_one_pass_method_saves_true_weights_and_resumes_exactly(tmp_path):
     assert torch.equal(saved["network.last.weight"], weights[0])
     fit(second, SharpnessAwareCallback(), max_epochs=3, ckpt_path=tmp_path / "last.ckpt")
     assert torch.equal(everything(second.network), everything(whole.network))
+
+
+class Noting(pl.Callback):
+    """Keeps the true weights after each batch and at the start of each epoch."""
+
+    def __init__(self):
+        self.after_batch, self.at_start = [], []
+
+    def on_train_batch_end(self, trainer, module, *args):
+        self._keep(trainer, module, self.after_batch)
+
+    def on_train_epoch_start(self, trainer, module):
+        self._keep(trainer, module, self.at_start)
+
+    @staticmethod
+    def _keep(trainer, module, where):
+        with true_weights(trainer.optimizers):
+            where.append(parameters_to_vector(module.network.parameters()).detach().clone())
+
+
+def _make(name, rho=RHO):
+    return lambda base, module: getattr(flatmin, name)(base, rho=rho)
+
+
+@pytest.mark.parametrize("name", ["SAM", "MSAM"])
+@pytest.mark.parametrize("first", ["callback", "average"])
+def test_stochastic_weight_averaging_averages_true_weights(name, first):
+    """Its last epoch computes running statistics for the average and trains nothing."""
+    module, noting = Classifier(_make(name)), Noting()
+    average = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1, annealing_epochs=1)
+    callbacks = [SharpnessAwareCallback(), average]
+    fit(module, noting, *(callbacks if first == "callback" else callbacks[::-1]), max_epochs=4)
+    found = parameters_to_vector(module.network.parameters())
+    torch.testing.assert_close(found, torch.stack(noting.at_start[:4]).mean(dim=0))  # it counts from 1
+    hidden = module.network.first(torch.cat([inputs for inputs, _ in batches()]))
+    torch.testing.assert_close(module.network.norm.running_mean, hidden.mean(dim=0), rtol=1e-4, atol=1e-5)
+    assert "on_train_epoch_start" not in vars(average)
+
+
+@pytest.mark.parametrize("name", ["SAM", "MSAM"])
+@pytest.mark.skipif(not hasattr(pl.callbacks, "WeightAveraging"), reason="comes with Lightning 2.6")
+def test_a_moving_average_is_one_of_true_weights(name):
+    module, noting = Classifier(_make(name)), Noting()
+    average = pl.callbacks.EMAWeightAveraging(decay=0.5)
+    start = parameters_to_vector(module.network.parameters()).detach().clone()
+    fit(module, noting, SharpnessAwareCallback(), average, max_epochs=2)
+    expected = noting.after_batch[0]  # torch's first update is a copy
+    for weights in noting.after_batch[1:]:
+        expected = 0.5 * expected + 0.5 * weights
+    torch.testing.assert_close(parameters_to_vector(module.network.parameters()), expected)
+    assert (expected - noting.after_batch[-1]).abs().max() > 1e-3  # the control: an average is not the last weights
+    assert (expected - start).abs().max() > 1e-3

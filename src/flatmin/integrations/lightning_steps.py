@@ -81,11 +81,11 @@ class Steps:
         self._num_losses = 0  # micro-batches of the step under way that were not skipped
         self._is_given_up = False
 
-    def make_closure(
-        self, original: Callable[..., Any], kwargs: Any, optimizer: SharpnessAware, batch_idx: int
-    ) -> _Passes | _MicroBatch:
+    def make_closure(self, original: Callable[..., Any], kwargs: Any, optimizer: SharpnessAware, batch_idx: int) -> Any:
         """A closure for several passes."""
         closure = original(kwargs, optimizer, batch_idx)
+        if self.trainer.fit_loop._skip_backward:
+            return closure
         closure._step_fn = partial(self.forward, closure._step_fn)
         self._passes = passes = _Passes(closure, self.trainer.lightning_module)
         ends_step = not self.trainer.fit_loop._should_accumulate()
@@ -97,6 +97,8 @@ class Steps:
         """A step whose gradient scaler and clipping see the gradient to follow."""
         if not isinstance(optimizer, SharpnessAware | OnePass):
             return original(optimizer, model=model, closure=closure, **kwargs)
+        if self.trainer.fit_loop._skip_backward:  # an epoch for the running statistics of averaged weights
+            return closure()
         plugin = self.trainer.strategy.precision_plugin
         hook = optimizer.base.register_step_pre_hook(lambda base, *_: plugin._after_closure(model, base))
         try:

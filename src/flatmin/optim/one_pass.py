@@ -44,8 +44,10 @@ class OnePass(RestingWeights):
 
     One copy of the perturbed parameters, w, is kept. Weights that are written from outside while they rest, by loading
     a checkpoint for instance, count as new true weights; ``zero_grad()`` and a step with a closure perturb them before
-    their first gradient. ``state_dict()`` holds w where it is taken at rest, and no copy inside ``unperturbed()``. A
-    run that was saved anywhere goes on with the same bits, whether the model's weights or ours are loaded first.
+    their first gradient. What is written through ``.data`` cannot be noticed and is lost at the next step: write the
+    parameter itself under ``torch.no_grad()``, or inside ``unperturbed()``. ``state_dict()`` holds w where it is taken
+    at rest, and no copy inside ``unperturbed()``. A run that was saved anywhere goes on with the same bits, whether the
+    model's weights or ours are loaded first.
 
     Args:
         base: The optimizer that takes the step; any that needs no closure of its own.

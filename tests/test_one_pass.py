@@ -394,6 +394,16 @@ def test_weights_that_are_loaded_while_others_rest_count_as_true():
         assert torch.equal(everything(model), everything(fresh))
 
 
+def test_weights_written_past_autograd_count_inside_of_unperturbed_alone():
+    model, optimizer = made(METHODS["MSAM"])
+    for is_shown in (True, False):
+        run(optimizer, model, range(3))
+        with optimizer.unperturbed() if is_shown else nullcontext():
+            model.last.weight.data.fill_(2.0)
+        with optimizer.unperturbed():
+            assert is_shown == bool((model.last.weight == 2.0).all())
+
+
 def test_the_weights_rest_at_home_where_when_says_so():
     model, optimizer = made(METHODS["MSAM"], when=Window(3, 5))
     for step in range(7):

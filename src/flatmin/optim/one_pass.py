@@ -46,8 +46,10 @@ class OnePass(RestingWeights):
 
     One copy of the perturbed parameters, w, is kept. Weights that are written from outside while they rest, by loading
     a checkpoint for instance, count as new true weights; ``zero_grad()`` and a step with a closure perturb them before
-    their first gradient. ``state_dict()`` holds w where it is taken at rest, and no copy inside ``unperturbed()``. A
-    run that was saved anywhere goes on with the same bits, whether the model's weights or ours are loaded first.
+    their first gradient. What is written through ``.data`` cannot be noticed and is lost at the next step: write the
+    parameter itself under ``torch.no_grad()``, or inside ``unperturbed()``. ``state_dict()`` holds w where it is taken
+    at rest, and no copy inside ``unperturbed()``. A run that was saved anywhere goes on with the same bits, whether the
+    model's weights or ours are loaded first.
 
     Args:
         base: The optimizer that takes the step; any that needs no closure of its own.
@@ -147,7 +149,10 @@ class OnePass(RestingWeights):
             elif has_fresh_gradient(self._params()):
                 self._take_step(scaler)
             else:
-                raise RuntimeError("no parameter has a new gradient: backward() must run before each step()")
+                raise RuntimeError(
+                    "no parameter has a new gradient: backward() must run before each step(). In Lightning, a "
+                    "training_step that returns None needs flatmin.integrations.lightning.SharpnessAwareCallback"
+                )
             return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -237,7 +237,8 @@ class TwoPass:
             self.give_up()  # also between the two steps, where the caller may go on after the error
             raise RuntimeError(
                 "no parameter has a new gradient: backward() must run before the first step, again at w + eps, "
-                "and inside a closure; and some parameter must require a gradient"
+                "and inside a closure; and some parameter must require a gradient. In Lightning, a training_step that "
+                "returns None needs flatmin.integrations.lightning.SharpnessAwareCallback"
             )
 
     def _seed(self) -> int | None:

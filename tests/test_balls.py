@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import reference
+from flatmin.optim import SharpnessAware
 from flatmin.optim.balls import Ball
-from flatmin.optim.metrics import Adaptive
+from flatmin.optim.metrics import Adaptive, Fisher
 from flatmin.optim.radii import FirstOrderGain, Unified
 from flatmin.optim.space import ActiveGroup, Space
 
@@ -120,3 +121,27 @@ def test_radii_that_need_the_euclidean_length_are_refused_in_other_balls(radius)
     Ball(radius=radius)
     with pytest.raises(ValueError, match=f"p must be 2 with {type(radius).__name__}, got 1.5"):
         Ball(1.5, radius=radius)
+
+
+@pytest.mark.parametrize("radius", [Unified(0.5), FirstOrderGain(0.1)])
+def test_several_ascents_are_refused_where_the_radius_is_not_rho(radius):
+    Ball(radius=radius).check_ascent_steps(1)
+    with pytest.raises(ValueError, match=f"ascent_steps must be 1 with {type(radius).__name__}, got 2"):
+        Ball(radius=radius).check_ascent_steps(2)
+
+
+@pytest.mark.parametrize(
+    ("ball", "name"),
+    [
+        (Ball(metric=Adaptive(0.1)), "eta"),
+        (Ball(metric=Fisher(0.1)), "eta"),
+        (Ball(radius=FirstOrderGain(0.1)), "sigma"),
+    ],
+)
+def test_a_groups_own_value_is_checked(ball, name):
+    ball.check({name: 0.2})
+    with pytest.raises(ValueError, match=f"{name} must be >=? 0 and finite, got -1.0"):
+        ball.check({name: -1.0})
+    base = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.ones(2))], name: -1.0}], lr=0.1)
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        SharpnessAware(base, 0.1, ball=ball)

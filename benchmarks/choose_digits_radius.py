@@ -13,22 +13,19 @@ where it stopped.
 from __future__ import annotations
 
 import json
-import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-import flatmin
 from flatmin.train.atomic_file import atomic_write
 from flatmin.train.config import Method, TrainConfig
+from flatmin.train.environment import software_versions
 from flatmin.train.loop import train
 from flatmin.train.recipes import recipe_config
 from flatmin.train.report.statistics import estimate
@@ -115,12 +112,9 @@ def results_table(values: Mapping[Method, Mapping[float, list[Summary]]]) -> Tab
 
 def record(values: Mapping[Method, Mapping[float, list[Summary]]], num_seeds: int) -> dict[str, object]:
     """Return everything that was found and what is needed to find it again."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "commit": commit.stdout.strip(),
-        "versions": {"flatmin": flatmin.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "device": platform.processor() or platform.machine(),
+        "versions": software_versions(),
         "seeds": list(range(num_seeds)),
         "chosen": {method: best_radius(by_radius) for method, by_radius in values.items() if method != "sgd"},
         "runs": [

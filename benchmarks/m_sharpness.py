@@ -21,7 +21,6 @@ from __future__ import annotations
 import json
 import random
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -213,12 +212,10 @@ def value_and_error(measure: WorstCase) -> dict[str, float]:
 
 def write(own: Arguments, base: TrainConfig, found: dict[str, Any], num_networks: int) -> None:
     """Everything that was found and what is needed to find it again."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     task = {name: getattr(base, name) for name in ("recipe", "label_noise", "epochs")}
     images = {"train_images": NUM_FASHION_IMAGES} if own.task == "fashion-mnist" else {}
     record = {
         "command": shlex.join(["python", *sys.argv]),
-        "commit": commit.stdout.strip(),
         "versions": software_versions(),
         "threads": 1,
         "task": task | images,

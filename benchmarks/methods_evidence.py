@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -31,13 +29,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal, get_args
 
-import torch
 import tyro
 from rich.console import Console
 
-import flatmin
 from flatmin.train.atomic_file import atomic_write
 from flatmin.train.config import Method, TrainConfig
+from flatmin.train.environment import software_versions
 from flatmin.train.errors import TrainingError
 from flatmin.train.journal import read_metrics
 from flatmin.train.loop import train
@@ -219,13 +216,11 @@ def record(own: Arguments, rows: dict[Method, dict[str, Any]], config: TrainConf
     task = {name: getattr(config, name) for name in ("dataset", "model", "label_noise", "epochs", "batch_size", "lr")}
     earlier = json.loads(own.output.read_text()) if own.output.exists() else {}
     known = earlier["methods"] if earlier.get("task") == task else {}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     found = {**known, **rows}
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "commit": commit.stdout.strip(),
-        "versions": {"flatmin": flatmin.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "device": f"{platform.machine()} CPU, 1 thread a run",
+        "versions": software_versions(),
+        "threads": 1,
         "task": task,
         "seeds": list(range(own.seeds)),
         "search_seeds": list(search_seeds(own)),

@@ -13,7 +13,6 @@ It goes on where it was interrupted. Everything but the pictures and the table o
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,7 +97,6 @@ def trained(method: Method, run: Path, asked: Arguments, console: Console) -> Su
 
 def results(asked: Arguments, runs: list[Path], summaries: list[Summary]) -> dict[str, Any]:
     """Every measure but the density, which is in the picture, with what is needed to repeat it."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT)
     networks = {}
     for run, summary in zip(runs, summaries, strict=True):
         measured = json.loads((run / "sharpness.json").read_text())
@@ -111,7 +109,6 @@ def results(asked: Arguments, runs: list[Path], summaries: list[Summary]) -> dic
         }
     return {
         "command": f"python benchmarks/sharp_and_wide.py --seed {asked.seed} --points {asked.points}",
-        "commit": commit.stdout.strip(),
         "versions": software_versions(),
         "seed": asked.seed,
         "networks": networks,

@@ -18,7 +18,6 @@ import csv
 import json
 import math
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -184,10 +183,8 @@ def run_times(runs: Sequence[Path]) -> list[float]:
 
 def record(own: Arguments, sweeps: list[dict[str, Any]]) -> dict[str, Any]:
     """What was found and what is needed to find it again."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "commit": commit.stdout.strip(),
         "versions": software_versions(),
         "threads": 1,
         "sweeps": sweeps,

@@ -12,6 +12,7 @@ from noisy import Noisy, snapshot
 from torch import Tensor, nn
 
 from flatmin.sharpness import (
+    OtherGridError,
     direction_between,
     gradient_direction,
     hessian_eigenvalues,
@@ -109,7 +110,7 @@ def test_file_of_another_grid_is_refused_and_left_alone(change: str, tmp_path: P
         other = {"direction": like_params(model, 9), "positions": [0.5, 1.0, 2.0], "statistics": "batch"}
         settings["batch_norm" if change == "statistics" else change] = other[change]
     before = file.read_bytes()
-    with pytest.raises(ValueError, match="resume must be a file of the same grid and weights"):
+    with pytest.raises(OtherGridError, match="resume must be a file of the same grid and weights"):
         loss_on_line(model, loss, **settings)
     assert file.read_bytes() == before
 

@@ -1,29 +1,19 @@
 """Data sharded over two processes measure as in one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from known import smooth_network
 from sharded_data import DATA, loss_on_points, measure_all, sharpness_of, with_buffers_of
 
+from torchrun import output_of_two_processes
+
 SCRIPT = Path(__file__).with_name("sharded_data.py")
 
 
 def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    done = subprocess.run(
-        [*command, "--rdzv-endpoint=localhost:0", str(SCRIPT), str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    output_of_two_processes(SCRIPT, tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     alone = measure_all(smooth_network(), DATA)
     for index, one in enumerate(alone):

@@ -1,10 +1,7 @@
 """The command ``landscape``: the losses are those of the library, grids go on where they stopped, runs share axes."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from flatmin.train.cli import main
 from flatmin.train.measured import landscapes
 from flatmin.train.measured.subject import ImageChoice, Subject, subject_of_run
 from flatmin.train.pictures.landscape import read_landscape
+from torchrun import output_of_two_processes
 
 TRAIN = ["train", "digits", "--accelerator=cpu", "--threads=1", "--batch-size=432", "--epochs=2"]
 FAST = ["--accelerator=cpu", "--threads=1", "--num-images=16", "--batch-size=8", "--points=3"]
@@ -284,22 +282,13 @@ def test_two_processes_find_what_one_finds(command: str, runs: Path) -> None:
     }[command]
     alone = shutil.copytree(runs / "sam", runs / "alone")
     assert main([command, str(alone), *flags]) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    done = subprocess.run(
-        [*torchrun, "--rdzv-endpoint=localhost:0", "-m", "flatmin", command, str(runs / "sam"), *flags],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    output = output_of_two_processes("-m", "flatmin", command, runs / "sam", *flags, timeout=300)
     name = "landscape-plane-eigenvectors.json" if command == "landscape" else "sharpness.json"
     one, two = content(alone / name), content(runs / "sam" / name)
     if command == "landscape":
         assert two["loss"] == one["loss"]
         assert not [*(runs / "sam").glob("landscape-*.jsonl*")]
-        assert done.stdout.count("picture in") == 4  # the first process alone draws and says so
+        assert output.count("picture in") == 4  # the first process alone draws and says so
     else:
         values = [[record["value"] for record in file["measures"]] for file in (one, two)]
         assert values[1] == pytest.approx(values[0], rel=1e-4)

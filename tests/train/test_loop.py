@@ -1,56 +1,29 @@
 """What a run computes, against the same numbers computed by hand."""
 
-import json
-import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
 from lightning_fabric import Fabric
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from short_runs import final_weights, started
 from torch.nn.functional import cross_entropy
 
-from flatmin.train import loop
-from flatmin.train.checkpoint import load_newest_checkpoint
 from flatmin.train.config import TrainConfig
-from flatmin.train.data import EvalLoader, dataset_facts, load_images
-from flatmin.train.errors import TrainingError
+from flatmin.train.data import EvalLoader
 from flatmin.train.evaluate import evaluate
 from flatmin.train.facts import facts_of
 from flatmin.train.images import images_of_split, read_images
 from flatmin.train.journal import read_metrics
 from flatmin.train.launch import make_fabric
-from flatmin.train.loaders import batch_indices, make_loaders
+from flatmin.train.loaders import make_loaders
 from flatmin.train.loop import train
 from flatmin.train.optimizers import build_optimizer
-from flatmin.train.state import TrainingState, fresh_model
+from flatmin.train.state import fresh_model
 from flatmin.train.step import take_step
 from flatmin.train.sums import EpochSums
 from flatmin.train.trained import load_run
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> TrainConfig:
-    """A run of a second: 3 epochs of 3 steps."""
-    return TrainConfig(
-        epochs=3, batch_size=432, rho=0.1, label_noise=0.4, output_dir=tmp_path / "run", accelerator="cpu", threads=1
-    )
-
-
-def final_weights(config: TrainConfig) -> dict[str, torch.Tensor]:
-    saved = load_newest_checkpoint(config.run_dir)
-    assert saved is not None
-    return saved["model"]
-
-
-def started(config: TrainConfig) -> tuple[Fabric, TrainingState, Any]:
-    fabric = make_fabric(config)
-    loaders = make_loaders(config, fabric)
-    return fabric, TrainingState.initial(config, fabric, len(loaders.train)), loaders
 
 
 @pytest.mark.parametrize("method", ["sgd", "sam", "asam"])
@@ -146,17 +119,6 @@ def test_evaluation_in_parts_of_unequal_size_counts_every_image_once(config: Tra
     assert abs(sum(uneven) / 2 - whole.loss) > 1e-5 * whole.loss  # the control: it is no mean of means
 
 
-def test_metrics_record_schedule_and_radius(config: TrainConfig) -> None:
-    train(replace(config, warmup_epochs=1.0, lr=0.3, eval_every=2))
-    records = read_metrics(config.run_dir)
-    assert [record["step"] for record in records] == [3, 6, 9]
-    assert [record["epoch"] for record in records] == [1.0, 2.0, 3.0]
-    last_steps = [0.3, 0.15 * (1 + math.cos(math.pi * 2 / 6)), 0.15 * (1 + math.cos(math.pi * 5 / 6))]
-    assert [record["learning_rate"] for record in records] == pytest.approx(last_steps)
-    assert [record["rho"] for record in records] == [0.1, 0.1, 0.1]
-    assert [record["eval_loss"] is None for record in records] == [True, False, False]  # every second, and the last
-
-
 def test_radius_zero_is_sgd_bit_for_bit(config: TrainConfig, tmp_path: Path) -> None:
     runs = [
         replace(config, method=method, rho=rho, output_dir=tmp_path / f"{method}-{rho}")
@@ -222,84 +184,6 @@ def test_decay_can_leave_out_norm_params_and_biases(config: TrainConfig) -> None
     assert len(build_optimizer(config, model, num_batches=3).param_groups) == 1
 
 
-def test_label_noise_is_in_the_training_labels_alone(config: TrainConfig) -> None:
-    image_set = load_images("digits", Path())
-    config = replace(config, eval_on="validation")
-    _, noisy = images_of_split(config, image_set, "train")
-    _, right = images_of_split(replace(config, label_noise=0.0), image_set, "train")
-    assert (noisy != right).double().mean().item() == pytest.approx(0.4, abs=1e-3)
-    assert torch.equal(right, image_set.train_labels[: len(right)])
-    assert torch.equal(images_of_split(config, image_set, "validation")[1], image_set.train_labels[len(right) :])
-    assert torch.equal(images_of_split(config, image_set, "test")[1], image_set.test_labels)
-
-
-def test_a_part_of_the_training_images_is_the_same_for_every_run(config: TrainConfig) -> None:
-    image_set = load_images("digits", Path())
-    config = replace(config, num_train_images=100, label_noise=0.0, eval_on="validation")
-    images, labels = images_of_split(config, image_set, "train")
-    places = [(image_set.train_images == image).flatten(1).all(dim=1).nonzero()[0].item() for image in images]
-    assert len(images) == len(set(places)) == 100
-    assert torch.equal(image_set.train_labels[places], labels)
-    assert max(places) < len(image_set.train_labels) * 9 // 10 + 1
-    assert torch.equal(images, images_of_split(replace(config, seed=7), image_set, "train")[0])
-    assert labels.bincount().min() >= 3  # drawn over the whole set
-    assert len(images_of_split(config, image_set, "validation")[1]) == len(image_set.train_labels) // 10
-    noisy = images_of_split(replace(config, label_noise=0.4), image_set, "train")[1]
-    assert (noisy != labels).sum() == 40
-    assert train(replace(config, batch_size=50, max_epochs=1)).steps == 2
-    with pytest.raises(TrainingError, match="num_train_images must be <= 1168, got 2000"):
-        images_of_split(replace(config, num_train_images=2000), image_set, "train")
-
-
-def test_validation_images_that_were_trained_on_are_refused(config: TrainConfig) -> None:
-    with pytest.raises(TrainingError, match="trained on the validation images: it needs --eval-on validation"):
-        images_of_split(config, load_images("digits", Path()), "validation")
-
-
-@pytest.mark.parametrize("method", ["sgd", "sam"])
-def test_loss_that_is_not_finite_ends_the_run_and_tells_step_and_images(config: TrainConfig, method: str) -> None:
-    config = replace(config, method=method, lr=1e30, checkpoint_seconds=0)
-    with pytest.raises(TrainingError) as caught:
-        train(config)
-    fabric, state, loaders = started(config)
-    _, (images, _), _ = loaders.train.epoch(0)
-    saved = torch.load(config.run_dir / "nonfinite-000000002.pt", weights_only=True)
-    assert torch.equal(normalized_images(config, saved["batch_indices"]), images)
-    assert saved["bad_step"] == 2
-    assert set(saved) == {*state.state_dict(fabric), "bad_step", "batch_indices"}
-    first = " ".join(map(str, saved["batch_indices"][:8].tolist()))
-    assert str(caught.value) == (
-        f"the training loss was not finite at step 2: in batch 2 of epoch 1, training images {first} and 424 more. "
-        f"Try a lower lr, a smaller rho, or gradient clipping; the state is in "
-        f"{config.run_dir}/nonfinite-000000002.pt, the checkpoint before it is checkpoint-000000001.pt"
-    )
-    assert load_newest_checkpoint(config.run_dir)["step"] == 1  # type: ignore[index]
-    assert not (config.run_dir / "summary.json").exists()
-
-
-def normalized_images(config: TrainConfig, indices: torch.Tensor) -> torch.Tensor:
-    """Training images by their place in the data set, as the network sees them."""
-    images, labels = images_of_split(config, load_images("digits", Path()), "train")
-    batches = EvalLoader(images, labels, batch_size=500, normalization=dataset_facts("digits").normalization)
-    return torch.cat([part for part, _ in batches])[indices]
-
-
-@pytest.mark.parametrize("augmentation", ["none", "cutout"])
-def test_indices_of_a_batch_are_those_of_its_images(config: TrainConfig, augmentation: Any) -> None:
-    fabric = make_fabric(config)
-    loader = make_loaders(replace(config, augmentation=augmentation, label_noise=0.0), fabric).train
-    labels = load_images("digits", Path()).train_labels
-    indices = [batch_indices(loader, epoch=1, batch=batch) for batch in range(3)]
-    assert torch.cat(indices).unique().numel() == 3 * 432
-    for own, (_, batch_labels) in zip(indices, loader.epoch(1), strict=True):
-        assert torch.equal(labels[own], batch_labels)
-
-
-def test_loss_that_is_not_finite_at_the_perturbed_weights_is_told_apart(config: TrainConfig) -> None:
-    with pytest.raises(TrainingError, match=r"the loss at w \+ eps was not finite at step 1: in batch 1 of epoch 1, "):
-        train(replace(config, rho=1e30))
-
-
 @pytest.mark.parametrize("method", ["sgd", "sam"])
 def test_training_metrics_can_be_those_at_the_perturbed_weights(config: TrainConfig, method: str) -> None:
     config = replace(config, method=method, max_steps=1, precision="64-true")
@@ -347,41 +231,6 @@ def test_evaluation_counts_five_guesses_and_the_training_images(config: TrainCon
     assert read_metrics(config.run_dir)[-1]["eval_train_top5_error_percent"] == summary.eval_train_top5_error_percent
 
 
-def test_what_was_not_asked_for_is_not_recorded(config: TrainConfig) -> None:
-    summary = train(replace(config, max_steps=1))
-    assert summary.eval_top5_error_percent is summary.eval_train_loss is None
-    assert not any("top5" in name or "eval_train" in name for name in read_metrics(config.run_dir)[0])
-
-
-def test_checkpoints_are_kept_after_the_epochs_named_and_rotated_otherwise(config: TrainConfig) -> None:
-    config = replace(config, epochs=5, keep_epochs=(0, 2, 4), checkpoint_every=1, num_checkpoints=3)
-    train(config)
-    files = sorted(path.name for path in config.run_dir.glob("*.pt"))
-    kept, rotated = ["epoch-000000.pt", "epoch-000002.pt", "epoch-000004.pt"], [9, 12, 15]
-    assert files == [*(f"checkpoint-{step:09d}.pt" for step in rotated), *kept]
-    states = [torch.load(config.run_dir / name, weights_only=True) for name in kept]
-    assert [state["step"] for state in states] == [0, 6, 12]
-    initial = fresh_model(config).state_dict()
-    assert all(torch.equal(states[0]["model"][name], value) for name, value in initial.items())
-
-    other = replace(config, output_dir=config.run_dir.with_name("from-kept"), keep_epochs=())
-    train(replace(other, max_steps=6))
-    for path in other.run_dir.glob("checkpoint-*.pt"):
-        path.unlink()
-    (config.run_dir / kept[1]).rename(other.run_dir / "checkpoint-000000006.pt")  # a run can go on from a kept one
-    train(other)
-    assert (other.run_dir / "metrics.jsonl").read_bytes() == (config.run_dir / "metrics.jsonl").read_bytes()
-
-
-def test_sums_remember_the_first_step_that_was_not_finite() -> None:
-    fabric = Fabric(accelerator="cpu", devices=1)
-    sums = EpochSums(fabric.device)
-    for step, loss in enumerate([1.0, 2.0, math.inf, 3.0, math.nan]):
-        sums.add(step, torch.tensor(loss), torch.tensor(1), 4, [torch.tensor(1.0), torch.tensor(0.5)])
-    with pytest.raises(TrainingError, match="not finite at step 3"):
-        sums.means(fabric, with_rise=True)
-
-
 def test_means_are_over_images_and_over_steps() -> None:
     fabric = Fabric(accelerator="cpu", devices=1)
     sums = EpochSums(fabric.device)
@@ -403,59 +252,3 @@ def test_precision_is_that_of_the_weights_and_changes_the_loss(
     assert final_weights(config)["head.weight"].dtype == dtype
     assert summary.train_loss == pytest.approx(full.train_loss, rel=1e-5 if precision == "64-true" else 0.05)
     assert summary.train_loss != full.train_loss
-
-
-def test_max_steps_stops_in_the_middle_of_an_epoch_with_a_summary(config: TrainConfig) -> None:
-    summary = train(replace(config, max_steps=4))
-    assert (summary.steps, summary.epochs, summary.complete) == (4, 4 / 3, False)
-    assert [record["step"] for record in read_metrics(config.run_dir)] == [3, 4]
-    saved = json.loads((config.run_dir / "summary.json").read_text())
-    assert saved["eval_error_percent"] == summary.eval_error_percent
-
-
-def test_summary_of_fewer_steps_is_gone_while_the_run_goes_on(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def step_that_fails(*_: object) -> None:
-        assert not (config.run_dir / "summary.json").exists()
-        raise KeyboardInterrupt
-
-    train(replace(config, max_steps=2))
-    monkeypatch.setattr(loop, "take_step", step_that_fails)
-    with pytest.raises(KeyboardInterrupt):
-        train(config)
-
-
-def test_finished_run_is_not_trained_again(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    summary = train(config)
-    monkeypatch.setattr(loop, "run_epochs", None)
-    assert train(config) == summary
-    assert train(replace(config, max_steps=5)) == summary
-
-
-def test_event_files_hold_every_number_of_the_records_and_the_time(config: TrainConfig) -> None:
-    train(config)
-    events = EventAccumulator(str(config.run_dir)).Reload()
-    for name in ("train_loss", "eval_error_percent", "learning_rate", "loss_rise"):
-        scalars = [(event.step, event.value) for event in events.Scalars(name)]
-        assert scalars == [(record["step"], pytest.approx(record[name])) for record in read_metrics(config.run_dir)]
-    timing = [json.loads(line) for line in (config.run_dir / "timing.jsonl").read_text().splitlines()]
-    assert [event.value for event in events.Scalars("wall_seconds")] == pytest.approx(
-        [record["wall_seconds"] for record in timing]
-    )
-
-
-def test_weights_and_biases_gets_the_records_and_goes_on_with_its_run(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wandb = MagicMock()
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    config = replace(config, wandb=True)
-    train(replace(config, max_steps=3))
-    train(config)
-    ids = [call.kwargs["id"] for call in wandb.init.call_args_list]
-    assert len(ids) == 2
-    assert ids[0] == ids[1] != ""
-    logged = [(call.kwargs["step"], call.args[0]["train_loss"]) for call in wandb.init.return_value.log.call_args_list]
-    assert logged[1:] == [(record["step"], record["train_loss"]) for record in read_metrics(config.run_dir)]
-    assert wandb.init.return_value.finish.call_count == 2

@@ -1,10 +1,9 @@
 """Several processes train as one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from torchrun import output_of_two_processes
 
 RANKS = """
 import hashlib, sys, torch
@@ -35,17 +34,8 @@ torch.distributed.destroy_process_group()
 def test_two_processes_end_with_equal_weights_and_resume_exactly(tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    done = subprocess.run(
-        [*command, "--rdzv-endpoint=localhost:0", str(script), str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    digests = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("DIGESTS")]
+    output = output_of_two_processes(script, tmp_path)
+    digests = [line.split()[1:] for line in output.splitlines() if line.startswith("DIGESTS")]
     assert len(digests) == 2 * 4  # one line of each process for each run
     assert all(first == second for first, second in digests)
     resumed, whole = ((tmp_path / run / "metrics.jsonl").read_text() for run in ("resumed", "whole"))
@@ -55,4 +45,4 @@ def test_two_processes_end_with_equal_weights_and_resume_exactly(tmp_path: Path)
     assert all(record.pop("sharpness_worst_case") > 0.0 for record in measured)
     assert measured == [json.loads(line) for line in whole.splitlines()]
     assert digests[-2:] == digests[-4:-2]
-    assert done.stdout.count("epoch 2/2") == 3  # only the first process talks
+    assert output.count("epoch 2/2") == 3  # only the first process talks

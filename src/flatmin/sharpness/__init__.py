@@ -4,6 +4,7 @@ from flatmin.sharpness.average_case import AverageCase, average_case
 from flatmin.sharpness.batches import num_examples
 from flatmin.sharpness.directions import direction_between, filter_normalised_direction, gradient_direction
 from flatmin.sharpness.eigenvalues import HessianEigenvalues, hessian_eigenvalues
+from flatmin.sharpness.grid_log import OtherGridError
 from flatmin.sharpness.landscape import GridOptions, loss_on_line, loss_on_plane, mean_loss
 from flatmin.sharpness.measure import Measure, NotFiniteError
 from flatmin.sharpness.monitor import MeasureName, SharpnessMonitor
@@ -24,6 +25,7 @@ __all__ = [
     "Measure",
     "MeasureName",
     "NotFiniteError",
+    "OtherGridError",
     "SharpnessMonitor",
     "SpectralDensity",
     "Trajectory",

@@ -11,6 +11,10 @@ from typing import Any, Self, TextIO
 from torch import Tensor
 
 
+class OtherGridError(ValueError):
+    """A file that should keep a grid's losses keeps those of other weights, directions, positions or statistics."""
+
+
 class GridLog:
     """JSON lines: the fingerprint of the grid, then an index and its loss for each point. A torn last line is dropped.
 
@@ -22,7 +26,7 @@ class GridLog:
         key: The fingerprint.
 
     Raises:
-        ValueError: The file is of another grid.
+        OtherGridError: The file is of another grid.
     """
 
     def __init__(self, path: Path | None, key: str) -> None:
@@ -62,7 +66,7 @@ class GridLog:
         if not lines:
             return
         if _header(lines[0]) != self._key:
-            raise ValueError(f"resume must be a file of the same grid and weights, got {str(path)!r} of another")
+            raise OtherGridError(f"resume must be a file of the same grid and weights, got {str(path)!r} of another")
         self.known = {index: loss for index, loss in map(json.loads, lines[1:])}
         self._num_bytes = sum(map(len, lines))
 

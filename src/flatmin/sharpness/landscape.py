@@ -26,7 +26,8 @@ class GridOptions(TypedDict, total=False):
     Attributes:
         progress: Called as ``progress(num_done, num_points)`` after each point.
         resume: File that keeps the losses found so far. Points that it holds are not evaluated again; one that was
-            written for other weights, directions, positions or statistics is refused. It cannot see another loss.
+            written for other weights, directions, positions or statistics is refused by ``OtherGridError``. It cannot
+            see another loss.
         process_group: Ranks that share the points among them; each must hold the same weights and all data. Each
             writes a file of its own, ``<resume>.<rank>``, and all get all losses.
     """

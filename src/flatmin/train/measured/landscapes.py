@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from flatmin.sharpness import GridOptions, loss_on_line, loss_on_plane, mean_loss
+from flatmin.sharpness import GridOptions, OtherGridError, loss_on_line, loss_on_plane, mean_loss
 from flatmin.train.atomic_file import atomic_write
 from flatmin.train.errors import TrainingError
 from flatmin.train.measured.directions import View
@@ -123,9 +123,7 @@ def _resumed_grid(view: View, loss: Callable[[], Tensor], options: GridOptions) 
     """The values at all points; those in the log are not evaluated again, unless they are of other directions."""
     try:
         return _grid(view, loss, options)
-    except ValueError as error:
-        if "resume must be" not in str(error):
-            raise
+    except OtherGridError:
         _own_log(Path(options["resume"] or ""), options["process_group"]).unlink()
         return _grid(view, loss, options)
 

@@ -145,3 +145,17 @@ def test_a_groups_own_value_is_checked(ball, name):
     base = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.ones(2))], name: -1.0}], lr=0.1)
     with pytest.raises(ValueError, match=f"{name} must be"):
         SharpnessAware(base, 0.1, ball=ball)
+
+
+@pytest.mark.parametrize(("delta", "rho"), [(0.0, 1.0), (0.5, 1.0), (0.5, 0.01), (3.0, 1.0)])
+def test_the_linearised_loss_rises_by_sigma_up_to_the_limits(delta, rho):
+    """``||eps|| = min(sigma / (||g|| + delta), rho)``."""
+    g = _random()
+    length = _flat(g).norm().item()
+    found = Ball(radius=FirstOrderGain(0.2, delta=delta)).farthest(_gain_space(g, rho), g, None)
+    step = _flat([tensor * scale for tensor, scale in zip(found.tensors, found.scales, strict=True)])
+    torch.testing.assert_close(step, min(0.2 / (length + delta), rho) * _flat(g) / length, rtol=1e-12, atol=0.0)
+
+
+def _gain_space(tensors, rho):
+    return Space([ActiveGroup(tensors, tensors, tensors, None, {"rho": rho, "sigma": 0.2, "num_steps": 0})])

@@ -115,6 +115,12 @@ def test_another_magnitude_is_told_apart(name):
     assert ((result.int() - expected.int()).abs() > 1).double().mean() > 0.1
 
 
+@pytest.mark.parametrize("side", [(1, 1), (2, 5), (5, 2)])
+def test_an_image_that_is_all_border_is_as_sharp_as_it_was(side):
+    images = pictures(6, side)
+    assert torch.equal(transformed(images, only("Sharpness", 1.9, 6)), images)
+
+
 @pytest.mark.parametrize("length", [0, 4, 20, 80])
 def test_cutouts_are_grey_squares_clipped_at_the_border(length):
     images = pictures(30)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import reference
-from flatmin.optim import SharpnessAware
+from flatmin.optim import LayerBall, SharpnessAware
 from flatmin.optim.balls import Ball
 from flatmin.optim.metrics import Adaptive, Fisher
 from flatmin.optim.radii import FirstOrderGain, Unified
@@ -86,6 +86,19 @@ def test_a_direction_that_is_not_finite_is_reported_and_scaled_by_zero(p, value)
     assert Ball(p).farthest(_space(g), g, None).is_finite
     g[1][2] = value
     found = Ball(p).farthest(_space(g), g, None)
+    assert not found.is_finite
+    assert not any(found.scales)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("ball", [LayerBall(), LayerBall(trust_ratio=True), LayerBall(joint_vectors=True)])
+def test_no_layer_moves_where_a_direction_is_not_finite(ball, value):
+    g, w = _random(), _random(1)
+    space = Space([ActiveGroup(w, w, g, None, {"rho": 1.0})])
+    assert ball.farthest(space, g, None).is_finite
+    assert all(ball.farthest(space, g, None).scales)
+    g[1][2] = value
+    found = ball.farthest(space, g, None)
     assert not found.is_finite
     assert not any(found.scales)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import reference
-from flatmin.optim import SharpnessAware
+from flatmin.optim import LayerBall, SharpnessAware
 from flatmin.optim.balls import Ball
 from flatmin.optim.metrics import Adaptive, Fisher
 from flatmin.optim.radii import FirstOrderGain, Unified
@@ -90,6 +90,19 @@ def test_a_direction_that_is_not_finite_is_reported_and_scaled_by_zero(p, value)
     assert not any(found.scales)
 
 
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("ball", [LayerBall(), LayerBall(trust_ratio=True), LayerBall(joint_vectors=True)])
+def test_no_layer_moves_where_a_direction_is_not_finite(ball, value):
+    g, w = _random(), _random(1)
+    space = Space([ActiveGroup(w, w, g, None, {"rho": 1.0})])
+    assert ball.farthest(space, g, None).is_finite
+    assert all(ball.farthest(space, g, None).scales)
+    g[1][2] = value
+    found = ball.farthest(space, g, None)
+    assert not found.is_finite
+    assert not any(found.scales)
+
+
 @pytest.mark.parametrize("p", [2.0, math.inf])
 def test_projection_is_the_nearest_point(p):
     eps, t, radii = _random(), [x.abs() + 0.1 for x in _random(1)], [0.5, 0.5, 0.2, 0.7]
@@ -145,3 +158,17 @@ def test_a_groups_own_value_is_checked(ball, name):
     base = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.ones(2))], name: -1.0}], lr=0.1)
     with pytest.raises(ValueError, match=f"{name} must be"):
         SharpnessAware(base, 0.1, ball=ball)
+
+
+@pytest.mark.parametrize(("delta", "rho"), [(0.0, 1.0), (0.5, 1.0), (0.5, 0.01), (3.0, 1.0)])
+def test_the_linearised_loss_rises_by_sigma_up_to_the_limits(delta, rho):
+    """``||eps|| = min(sigma / (||g|| + delta), rho)``."""
+    g = _random()
+    length = _flat(g).norm().item()
+    found = Ball(radius=FirstOrderGain(0.2, delta=delta)).farthest(_gain_space(g, rho), g, None)
+    step = _flat([tensor * scale for tensor, scale in zip(found.tensors, found.scales, strict=True)])
+    torch.testing.assert_close(step, min(0.2 / (length + delta), rho) * _flat(g) / length, rtol=1e-12, atol=0.0)
+
+
+def _gain_space(tensors, rho):
+    return Space([ActiveGroup(tensors, tensors, tensors, None, {"rho": rho, "sigma": 0.2, "num_steps": 0})])

@@ -74,9 +74,12 @@ def test_edges() -> None:
     assert paired_difference([1.0], [2.0]).needed_seeds is None
     assert not paired_difference([1.0], [2.0]).is_shown  # one pair shows nothing
     assert paired_difference([1.0, 1.5], [2.0, 2.5]).is_shown
+    assert not paired_difference([1.0, 1.5], [1.0, 1.5]).is_shown  # the interval is zero alone
     with pytest.raises(ValueError, match="deviation must be >= 0, got -1.0"):
         needed_seeds(1.0, -1.0)
     with pytest.raises(ValueError, match="power must be > 0.025 and < 1, got 1.0"):
         needed_seeds(1.0, 1.0, power=1.0)
+    with pytest.raises(ValueError, match="power must be > 0.025 and < 1, got 0.02"):
+        needed_seeds(1.0, 1.0, power=0.02)
     with pytest.raises(ValueError, match="values must have one entry per seed, got 1 and 2"):
         paired_difference([1.0], [1.0, 2.0])

@@ -158,6 +158,34 @@ def test_an_overflow_beside_a_frozen_parameter_skips_the_step():
     assert optimizer.diagnostics.num_skipped_steps == 1
 
 
+class _WithModes(torch.optim.SGD):
+    """Keeps other weights for evaluation, as schedule-free optimizers do."""
+
+    mode = "eval"
+
+    def train(self):
+        self.mode = "train"
+
+    def eval(self):
+        self.mode = "eval"
+
+
+def test_a_base_with_modes_is_switched():
+    weights = nn.Parameter(torch.ones(2))
+    optimizer = flatmin.SAM(_WithModes([weights], lr=0.1))
+    optimizer.train()
+    assert optimizer.base.mode == "train"
+    weights.square().sum().backward()
+    optimizer.first_step(zero_grad=True)
+    with pytest.raises(RuntimeError, match=r"eval\(\) must not be called between first_step"):
+        optimizer.eval()
+    assert optimizer.base.mode == "train"
+    optimizer.restore()
+    optimizer.eval()
+    assert optimizer.base.mode == "eval"
+    flatmin.SAM(torch.optim.SGD([weights], lr=0.1)).train()  # one without modes stays as it is
+
+
 def test_a_fused_base_that_cannot_read_the_flag_is_skipped_by_the_host():
     class Fused(torch.optim.Optimizer):
         def __init__(self, params):

@@ -258,6 +258,32 @@ def test_rho_zero_is_every_base_of_torch(base):
     assert torch.equal(everything(model), everything(plain))
 
 
+class _Around(torch.optim.Optimizer):
+    """Around another optimizer without torch's constructor, as timm's Lookahead is."""
+
+    def __init__(self, base):
+        self.base, self.param_groups, self.state, self.defaults = base, base.param_groups, base.state, base.defaults
+
+
+def test_a_base_around_another_optimizer_is_refused():
+    with pytest.raises(TypeError, match=r"base must have been made by .* got _Around: .* goes around ours"):
+        flatmin.SAM(_Around(_sgd(tiny_network())))
+
+
+def test_a_second_closure_is_no_scaler():
+    model = tiny_network()
+    for make in (flatmin.SAM, flatmin.MSAM):
+        optimizer = make(_sgd(model))
+        with pytest.raises(TypeError, match="scaler must be a torch.amp.GradScaler, got <function"):
+            optimizer.step(lambda: _differentiated(model), lambda: _differentiated(model))
+
+
+def _differentiated(model):
+    loss = _loss(model)
+    loss.backward()
+    return loss
+
+
 def test_a_base_with_a_hyperparameter_of_our_name_is_refused():
     with pytest.raises(ValueError, match="no hyperparameter named rho, which are ours, got Adadelta"):
         flatmin.SAM(torch.optim.Adadelta(tiny_network().parameters()))

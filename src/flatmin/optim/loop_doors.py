@@ -173,6 +173,27 @@ class LoopDoors(Wrapper):
         if passes.replay is not None:
             passes.replay.expect_first_pass()
 
+    def train(self) -> None:
+        """Switch the base optimizer to training, where it knows of that: schedule-free ones do, torch's do not.
+
+        May be called before every pass.
+        """
+        self._switch_base("train")
+
+    def eval(self) -> None:
+        """Switch the base optimizer to evaluation, see ``train``.
+
+        Raises:
+            RuntimeError: The parameters are at w + eps.
+        """
+        self._require_home("eval")
+        self._switch_base("eval")
+
+    def _switch_base(self, mode: str) -> None:
+        switch = getattr(self.base, mode, None)
+        if switch is not None:
+            switch()
+
     def _step_without_closure(self, scaler: GradScaler | None, reduction: Reduction) -> None:
         """The update, from the gradient that the passes have found."""
         passes, progress = self._passes, self._passes.progress

@@ -10,7 +10,13 @@ from flatmin.optim.wrapper import Wrapper
 
 
 def loss_scale_of(scaler: GradScaler | None, device: torch.device) -> Tensor | None:
-    """The factor that the scaler puts on losses, 0-dim; ``None`` where there is none."""
+    """The factor that the scaler puts on losses, 0-dim; ``None`` where there is none.
+
+    Raises:
+        TypeError: It is no gradient scaler, but a second closure for example.
+    """
+    if scaler is not None and not hasattr(scaler, "unscale_"):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler, got {scaler!r}; several closures are given as a list")
     if scaler is None or not scaler.is_enabled():
         return None
     scale: Tensor = scaler.scale(torch.ones((), device=device))

@@ -14,7 +14,7 @@ from flatmin.optim.balls import Ball
 from flatmin.optim.base_step import guarded_step
 from flatmin.optim.closures import Closure, as_closures
 from flatmin.optim.diagnostics import Diagnostics
-from flatmin.optim.directions import BaseMomentum, Direction, Observer
+from flatmin.optim.directions import BaseMomentum, Direction, Observer, check_has_moment
 from flatmin.optim.freshness import has_fresh_gradient, is_fresh, mark_used
 from flatmin.optim.groups import count_step
 from flatmin.optim.layers import LayerBall
@@ -67,7 +67,8 @@ class OnePass(RestingWeights):
 
     Raises:
         TypeError: ``base`` is no optimizer, is itself sharpness-aware, or drives a closure of its own (LBFGS).
-        ValueError: A hyperparameter is outside its domain, or a piece asks for the clean gradient.
+        ValueError: A hyperparameter is outside its domain, a piece asks for the clean gradient, or the direction is the
+            base's momentum and it has none.
     """
 
     def __init__(  # noqa: PLR0913 - each piece is one keyword
@@ -93,6 +94,8 @@ class OnePass(RestingWeights):
         self.rho_schedule = rho_schedule
         self.diagnostics = Diagnostics()
         self._check_pieces()
+        if isinstance(self.direction, BaseMomentum):
+            check_has_moment(base)
         super().__init__(base, {"rho": rho, **self.ball.defaults})
         self._model = model if self.ball.metric.needs_names else None
         self._names = self._names_for_metric()

@@ -25,9 +25,18 @@ def _on_an_accelerator(params, tensors, scales):
 
 def _by_sgd(params, tensors, scales):
     """As on a GPU, by the fused kernel that torch has for a CPU as well."""
+    if not _sgd_moves(params[0].dtype):
+        pytest.skip("this torch's fused SGD for a CPU leaves weights of 16 bits where they are; 2.11's does")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(perturbation_foreach, "_suits_sgd", lambda param, tensor, rounder: param.dtype != torch.float64)
         return _on_an_accelerator(params, tensors, scales)
+
+
+def _sgd_moves(dtype):
+    weights, rate = torch.zeros(64, dtype=dtype), torch.ones(())
+    options = {"momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "is_first_step": False}
+    torch._fused_sgd_([weights], [torch.ones_like(weights)], [], lr=rate, maximize=True, **options)
+    return bool(weights.all())
 
 
 def _case(dtype):

@@ -68,6 +68,7 @@ class Ranks:
 def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "Guards may run slower on Python 3.13.0")
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # what tensor parallelism returns
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     pipe.send("ready")

@@ -19,7 +19,7 @@ from flatmin.train.errors import TrainingError
 from flatmin.train.loop import train
 from flatmin.train.run import write_summary
 from flatmin.train.summary import Summary
-from flatmin.train.sweep.command import SweepArguments, made_plan
+from flatmin.train.sweep.arguments import SweepArguments, made_plan
 from flatmin.train.sweep.contenders import Plan
 from flatmin.train.sweep.cost import relative_run_times
 from flatmin.train.sweep.driver import drive

@@ -14,10 +14,21 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from optimizers import ALWAYS, METHODS, POLICIES, SAMON, SIMPLE
+
 _aten = torch.ops.aten
 COPIES = {_aten._to_copy, _aten.copy_}
 SENDS_NUMBERS = {_aten.where, _aten.index_put, _aten.index_put_}  # 0-dim ones from the host, by a copy of their own
 READS_NUMBERS = {_aten.masked_fill.Tensor, _aten.masked_fill_.Tensor}  # the last argument, wherever it is
+
+READS_THE_GRADIENT = ("AESAM", "AESAM-always")  # whose rule needs its norm on the host
+DRAWS_ON_THE_HOST = ("RST", "RST-1")  # a fake generator has no numbers
+OWN_SIGNATURE = ("compat-SAM", "compat-SAM-adaptive")  # the same engine, which takes no skip_nonfinite
+RUN_WITHOUT_VALUES = [
+    row
+    for row in (*SIMPLE, *METHODS, *ALWAYS, *POLICIES, SAMON)
+    if row.name not in READS_THE_GRADIENT + DRAWS_ON_THE_HOST + OWN_SIGNATURE
+]
 
 
 @register_op_impl(lambda func: func.overloadpacket is _aten._fused_sgd_)
@@ -56,6 +67,20 @@ class RealOnHost(TorchDispatchMode):
             return func(*args, **kwargs)
         with _disable_current_modes():
             return func(*args, **kwargs)
+
+
+class Closure:
+    """Leaves gradients and returns a loss, as a backward pass would."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.params = [param for param in model.parameters() if param.requires_grad]
+        self.num_calls = 0
+
+    def __call__(self) -> Tensor:
+        self.num_calls += 1
+        for param in self.params:
+            param.grad = torch.empty_like(param)
+        return torch.empty((), device=self.params[0].device)
 
 
 @contextmanager

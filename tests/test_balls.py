@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import reference
+from flatmin.optim import LayerBall, SharpnessAware
 from flatmin.optim.balls import Ball
-from flatmin.optim.metrics import Adaptive
+from flatmin.optim.metrics import Adaptive, Fisher
 from flatmin.optim.radii import FirstOrderGain, Unified
 from flatmin.optim.space import ActiveGroup, Space
 
@@ -89,6 +90,19 @@ def test_a_direction_that_is_not_finite_is_reported_and_scaled_by_zero(p, value)
     assert not any(found.scales)
 
 
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("ball", [LayerBall(), LayerBall(trust_ratio=True), LayerBall(joint_vectors=True)])
+def test_no_layer_moves_where_a_direction_is_not_finite(ball, value):
+    g, w = _random(), _random(1)
+    space = Space([ActiveGroup(w, w, g, None, {"rho": 1.0})])
+    assert ball.farthest(space, g, None).is_finite
+    assert all(ball.farthest(space, g, None).scales)
+    g[1][2] = value
+    found = ball.farthest(space, g, None)
+    assert not found.is_finite
+    assert not any(found.scales)
+
+
 @pytest.mark.parametrize("p", [2.0, math.inf])
 def test_projection_is_the_nearest_point(p):
     eps, t, radii = _random(), [x.abs() + 0.1 for x in _random(1)], [0.5, 0.5, 0.2, 0.7]
@@ -120,3 +134,41 @@ def test_radii_that_need_the_euclidean_length_are_refused_in_other_balls(radius)
     Ball(radius=radius)
     with pytest.raises(ValueError, match=f"p must be 2 with {type(radius).__name__}, got 1.5"):
         Ball(1.5, radius=radius)
+
+
+@pytest.mark.parametrize("radius", [Unified(0.5), FirstOrderGain(0.1)])
+def test_several_ascents_are_refused_where_the_radius_is_not_rho(radius):
+    Ball(radius=radius).check_ascent_steps(1)
+    with pytest.raises(ValueError, match=f"ascent_steps must be 1 with {type(radius).__name__}, got 2"):
+        Ball(radius=radius).check_ascent_steps(2)
+
+
+@pytest.mark.parametrize(
+    ("ball", "name"),
+    [
+        (Ball(metric=Adaptive(0.1)), "eta"),
+        (Ball(metric=Fisher(0.1)), "eta"),
+        (Ball(radius=FirstOrderGain(0.1)), "sigma"),
+    ],
+)
+def test_a_groups_own_value_is_checked(ball, name):
+    ball.check({name: 0.2})
+    with pytest.raises(ValueError, match=f"{name} must be >=? 0 and finite, got -1.0"):
+        ball.check({name: -1.0})
+    base = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.ones(2))], name: -1.0}], lr=0.1)
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        SharpnessAware(base, 0.1, ball=ball)
+
+
+@pytest.mark.parametrize(("delta", "rho"), [(0.0, 1.0), (0.5, 1.0), (0.5, 0.01), (3.0, 1.0)])
+def test_the_linearised_loss_rises_by_sigma_up_to_the_limits(delta, rho):
+    """``||eps|| = min(sigma / (||g|| + delta), rho)``."""
+    g = _random()
+    length = _flat(g).norm().item()
+    found = Ball(radius=FirstOrderGain(0.2, delta=delta)).farthest(_gain_space(g, rho), g, None)
+    step = _flat([tensor * scale for tensor, scale in zip(found.tensors, found.scales, strict=True)])
+    torch.testing.assert_close(step, min(0.2 / (length + delta), rho) * _flat(g) / length, rtol=1e-12, atol=0.0)
+
+
+def _gain_space(tensors, rho):
+    return Space([ActiveGroup(tensors, tensors, tensors, None, {"rho": rho, "sigma": 0.2, "num_steps": 0})])

@@ -5,10 +5,13 @@ import inspect
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
 
 import flatmin
 from doors import everything, through_closure, through_context, through_two_steps, train
-from problems import tiny_network
+from optimizers import sgd
+from problems import batches, tiny_network
 
 
 def _constructible_bases():
@@ -58,3 +61,58 @@ def test_a_base_whose_zero_grad_is_its_own_works():
         train(flatmin.SAM(Own(model.parameters(), lr=0.1), model=model), model, range(3), door)
         train(flatmin.SAM(torch.optim.SGD(other.parameters(), lr=0.1), model=other), other, range(3), door)
     assert torch.equal(everything(model), everything(other))
+
+
+class _WithModes(torch.optim.SGD):
+    """Keeps other weights for evaluation, as schedule-free optimizers do."""
+
+    mode = "eval"
+
+    def train(self):
+        self.mode = "train"
+
+    def eval(self):
+        self.mode = "eval"
+
+
+def test_a_base_with_modes_is_switched():
+    weights = nn.Parameter(torch.ones(2))
+    optimizer = flatmin.SAM(_WithModes([weights], lr=0.1))
+    optimizer.train()
+    assert optimizer.base.mode == "train"
+    weights.square().sum().backward()
+    optimizer.first_step(zero_grad=True)
+    with pytest.raises(RuntimeError, match=r"eval\(\) must not be called between first_step"):
+        optimizer.eval()
+    assert optimizer.base.mode == "train"
+    optimizer.restore()
+    optimizer.eval()
+    assert optimizer.base.mode == "eval"
+    flatmin.SAM(torch.optim.SGD([weights], lr=0.1)).train()  # one without modes stays as it is
+
+
+class _Around(torch.optim.Optimizer):
+    """Around another optimizer without torch's constructor, as timm's Lookahead is."""
+
+    def __init__(self, base):
+        self.base, self.param_groups, self.state, self.defaults = base, base.param_groups, base.state, base.defaults
+
+
+def test_a_base_around_another_optimizer_is_refused():
+    with pytest.raises(TypeError, match=r"base must have been made by .* got _Around: .* goes around ours"):
+        flatmin.SAM(_Around(sgd(tiny_network().parameters())))
+
+
+def test_a_second_closure_is_no_scaler():
+    model = tiny_network()
+    for make in (flatmin.SAM, flatmin.MSAM):
+        optimizer = make(sgd(model.parameters()))
+        with pytest.raises(TypeError, match="scaler must be a torch.amp.GradScaler, got <function"):
+            optimizer.step(lambda: _differentiated(model), lambda: _differentiated(model))
+
+
+def _differentiated(model):
+    inputs, labels = batches()[0]
+    loss = cross_entropy(model(inputs), labels)
+    loss.backward()
+    return loss

@@ -105,6 +105,7 @@ def test_a_zero_gradient_moves_nothing_and_makes_no_nan(row, dtype):
     optimizer.step(closure)
     assert all(torch.equal(weights, seen[0]) for weights in seen)
     assert everything(model).isfinite().all()
+    assert int(optimizer.diagnostics.num_skipped_steps) == 0  # a NaN on the way would have skipped the step
 
 
 def test_frozen_and_unused_parameters_stay_and_do_not_count(row):

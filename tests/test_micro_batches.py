@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 import flatmin
 from doors import accumulated, closures_on, everything, in_a_list
 from flatmin.optim import SharpnessAware
-from problems import batches, tiny_network
+from problems import batches, quadratic, tiny_network
 
 
 def _sgd(model, **options):
@@ -225,3 +225,37 @@ def test_buffers_can_be_averaged_in_a_loop_of_ones_own():
     assert torch.equal(model.mean_input, expected)
     assert not torch.allclose(expected, start)
     assert model.num_calls == 1  # integers are those of the last
+
+
+_CURVATURES = [torch.diag(torch.tensor(d, dtype=torch.float64)) for d in ([4.0, 1.0], [1.0, 3.0], [0.5, 2.0])]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_what_follows_the_base_step_is_that_of_all_micro_batches(reduction):
+    """WSAM: ``w -= lr mean g_i``, then ``w -= lr gamma / (1 - gamma) mean (g_p,i - g_i)``, each with its own eps."""
+    start = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    weights = nn.Parameter(start.clone())
+    optimizer = flatmin.WSAM(torch.optim.SGD([weights], lr=0.1), 0.7, gamma=0.6)
+    in_a_list(optimizer, [lambda a=a: quadratic(a, weights) for a in _CURVATURES], reduction=reduction)
+    clean = [a @ start for a in _CURVATURES]
+    perturbed = [a @ (start + 0.7 * g / g.norm()) for a, g in zip(_CURVATURES, clean, strict=True)]
+    divisor = 3 if reduction == "mean" else 1
+    gap = sum(perturbed) - sum(clean)
+    torch.testing.assert_close(weights.detach(), start - 0.1 * (sum(clean) + 1.5 * gap) / divisor, rtol=1e-12, atol=0.0)
+
+
+def test_what_is_remembered_is_the_mean_over_the_micro_batches():
+    """VaSSO: ``d_t`` is the mean of ``(1 - theta) d_(t-1) + theta g_i``, from which each next eps starts."""
+    start = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    weights = nn.Parameter(start.clone())
+    optimizer = flatmin.VaSSO(torch.optim.SGD([weights], lr=0.1), 0.7, theta=0.4)
+    mean = None
+    for _ in range(3):
+        before = weights.detach().clone()
+        in_a_list(optimizer, [lambda a=a: quadratic(a, weights) for a in _CURVATURES])
+        clean = [a @ before for a in _CURVATURES]
+        along = [g if mean is None else 0.6 * mean + 0.4 * g for g in clean]
+        followed = [a @ (before + 0.7 * d / d.norm()) for a, d in zip(_CURVATURES, along, strict=True)]
+        torch.testing.assert_close(weights.detach(), before - 0.1 * sum(followed) / 3, rtol=1e-12, atol=0.0)
+        mean = sum(along) / 3
+        torch.testing.assert_close(optimizer.state[weights]["smoothed_gradient"], mean, rtol=1e-12, atol=0.0)

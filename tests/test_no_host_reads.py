@@ -14,21 +14,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import flatmin
-from fake_gpu import NothingWaits, send_
+from fake_gpu import READS_THE_GRADIENT, RUN_WITHOUT_VALUES, Closure, NothingWaits, send_
 from flatmin.optim.directions import Gradient
-from flatmin.optim.perturbation import Saved
+from flatmin.optim.saved import Saved
 from flatmin.optim.space import Space
-from optimizers import ALWAYS, METHODS, POLICIES, SAMON, SIMPLE, sgd
+from optimizers import ALWAYS, POLICIES, SAMON, sgd
 from problems import tiny_network
 
-READS_THE_GRADIENT = ("AESAM", "AESAM-always")  # whose rule needs its norm on the host
-DRAWS_ON_THE_HOST = ("RST", "RST-1")  # a fake generator has no numbers
-OWN_SIGNATURE = ("compat-SAM", "compat-SAM-adaptive")  # the same engine, which takes no skip_nonfinite
-ROWS = [
-    row
-    for row in (*SIMPLE, *METHODS, *ALWAYS, *POLICIES, SAMON)
-    if row.name not in READS_THE_GRADIENT + DRAWS_ON_THE_HOST + OWN_SIGNATURE
-]
 ADAM = partial(torch.optim.Adam, lr=0.1, capturable=True)
 ONE_PASS = {
     "MSAM": lambda params: flatmin.MSAM(sgd(params), skip_nonfinite=False),
@@ -47,23 +39,9 @@ def model() -> Iterator[nn.Module]:
             yield network
 
 
-class Closure:
-    """Leaves gradients and returns a loss, as a backward pass would."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.params = [param for param in model.parameters() if param.requires_grad]
-        self.num_calls = 0
-
-    def __call__(self) -> Tensor:
-        self.num_calls += 1
-        for param in self.params:
-            param.grad = torch.empty_like(param)
-        return torch.empty((), device="cuda")
-
-
 @pytest.mark.parametrize("base", [sgd, ADAM], ids=["sgd", "adam"])
 @pytest.mark.parametrize("diagnostics", [False, True], ids=["plain", "diagnostics"])
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", RUN_WITHOUT_VALUES, ids=lambda row: row.name)
 def test_a_step_with_a_closure_reads_nothing(row, diagnostics, base, model):
     closure = Closure(model)
     optimizer = row.build(base(model.parameters()), model, skip_nonfinite=False, diagnostics=diagnostics)
@@ -74,7 +52,7 @@ def test_a_step_with_a_closure_reads_nothing(row, diagnostics, base, model):
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", RUN_WITHOUT_VALUES, ids=lambda row: row.name)
 def test_micro_batches_read_nothing(row, shared, model):
     closure, optimizer = Closure(model), row.build(sgd(model.parameters()), model, skip_nonfinite=False)
     for _ in range(2):
@@ -82,7 +60,7 @@ def test_micro_batches_read_nothing(row, shared, model):
     assert closure.num_calls >= 4
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row is not SAMON], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [row for row in RUN_WITHOUT_VALUES if row is not SAMON], ids=lambda row: row.name)
 def test_the_two_step_loop_reads_nothing(row, model):
     closure = Closure(model)
     optimizer = row.build(sgd(model.named_parameters()), None, skip_nonfinite=False)

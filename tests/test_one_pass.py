@@ -394,6 +394,34 @@ def test_weights_that_are_loaded_while_others_rest_count_as_true():
         assert torch.equal(everything(model), everything(fresh))
 
 
+class _OtherNames(torch.optim.Adagrad):
+    """Has momentum, which it keeps under a name of its own."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.1)
+        for group in self.param_groups:
+            group["momentum"] = 0.9
+
+
+def test_a_base_whose_momentum_cannot_be_found_is_refused():
+    model = tiny_network()
+    with pytest.raises(ValueError, match=r"base must have a first moment .* got Adagrad"):
+        flatmin.OnePass(torch.optim.Adagrad(model.parameters()), 0.3)
+    optimizer = flatmin.MSAM(_OtherNames(model.parameters()))
+    with pytest.raises(TypeError, match="base must keep its first moment .* got step, sum"):
+        run(optimizer, model, range(2))
+
+
+def test_weights_written_past_autograd_count_inside_of_unperturbed_alone():
+    model, optimizer = made(METHODS["MSAM"])
+    for is_shown in (True, False):
+        run(optimizer, model, range(3))
+        with optimizer.unperturbed() if is_shown else nullcontext():
+            model.last.weight.data.fill_(2.0)
+        with optimizer.unperturbed():
+            assert is_shown == bool((model.last.weight == 2.0).all())
+
+
 def test_the_weights_rest_at_home_where_when_says_so():
     model, optimizer = made(METHODS["MSAM"], when=Window(3, 5))
     for step in range(7):

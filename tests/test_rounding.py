@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
-from flatmin.optim.perturbation import Saved, _Generators, _Move, _perturb_at_once_, perturb_
-from flatmin.optim.rounding import round_stochastically
+from flatmin.optim.perturbation import perturb_
+from flatmin.optim.perturbation_foreach import add_scaled_foreach_
+from flatmin.optim.rounding import Rounder, round_stochastically
+from flatmin.optim.saved import Saved
 
 NARROW = [torch.bfloat16, torch.float16]
 NUM_DRAWS = 40_000
@@ -126,9 +128,9 @@ def _realised(dtype, seed, on_cpu=True):
     if on_cpu:
         saved = perturb_([weights], [direction], [scale], seed=seed)
     else:
-        _perturb_at_once_(
-            saved := Saved(), _Move([weights], [direction], [scale], (), None if seed is None else _Generators(seed))
-        )
+        saved = Saved()
+        saved.add_together([weights])
+        add_scaled_foreach_([weights], [direction], [scale], Rounder(seed))
     (step,) = saved.difference()
     along = (step.double() @ asked).item() / 0.05**2
     saved.restore_()

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import Lookahead, create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch.nn.functional import cross_entropy
 
@@ -71,3 +71,24 @@ def test_timm_groups_are_taken_as_they_are(make):
     if "lr_scale" in groups[0]:
         assert len({group["lr"] for group in groups}) > 1
     assert all(group["rho"] == RHO for group in groups)
+
+
+@pytest.mark.parametrize("rho", [0.0, RHO])
+def test_lookahead_goes_around_ours(rho):
+    inputs, labels = images()
+    found = []
+    for make in (lambda base, model: flatmin.SAM(base, rho, model=model), lambda base, model: base):
+        model = vit()
+        inner = make(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model)
+        optimizer = Lookahead(inner, k=2)
+
+        def closure(optimizer=optimizer, model=model):
+            optimizer.zero_grad()
+            loss = cross_entropy(model(inputs), labels)
+            loss.backward()
+            return loss
+
+        for _ in range(5):
+            optimizer.step(closure)
+        found.append(torch.cat([param.detach().flatten() for param in model.parameters()]))
+    assert torch.equal(*found) == (rho == 0.0)

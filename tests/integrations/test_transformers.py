@@ -274,6 +274,27 @@ def test_an_exception_leaves_the_weights_at_home(tmp_path):
     assert torch.equal(weights_of(model), weights_of(expected))
 
 
+@pytest.mark.parametrize("made", [flatmin.SAM, lambda base: base], ids=["instance", "base"])
+def test_what_makes_no_optimizer_of_ours_is_refused(tmp_path, made):
+    model = bert()
+    if made is flatmin.SAM:
+        made = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match=r"sharpness_aware must .*, got (SAM|SGD)"):
+        train(model, tmp_path, sharpness_aware=made)
+
+
+def test_a_base_with_modes_is_switched_by_the_trainer(tmp_path):
+    modes = []
+
+    class WithModes(torch.optim.SGD):
+        def train(self):
+            modes.append("train")
+
+    model = bert()
+    train(model, tmp_path, optimizers=(WithModes(model.parameters(), lr=0.1), None))
+    assert modes.count("train") >= 12
+
+
 def test_a_plain_trainer_with_our_optimizer_gets_an_error_that_names_the_page(tmp_path):
     model = bert()
     optimizer = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from known import ONE_BATCH, Quadratic, cross_entropy, dense_hessian, pairs, quadratic_loss, smooth_network, symmetric
 from scipy.special import stdtrit
+from scipy.stats import norm
 from torch import Tensor
 
 from flatmin.optim import Adaptive
@@ -51,6 +52,12 @@ def test_average_case_without_noise_is_zero() -> None:
     assert (result.value, result.error) == (0.0, 0.0)
 
 
+def test_average_case_of_a_loss_that_is_not_finite_is_refused() -> None:
+    infinite = Quadratic(torch.eye(1).double(), weights=torch.full((1,), math.inf).double())
+    with pytest.raises(ValueError, match="the loss at the weights must be finite, got"):
+        average_case(infinite, quadratic_loss, ONE_BATCH, 0.1)
+
+
 def test_hutchinson_has_the_mean_and_variance_of_the_theory() -> None:
     matrix = symmetric(8)
     result = hessian_trace(Quadratic(matrix), quadratic_loss, ONE_BATCH, NUM)
@@ -89,9 +96,18 @@ def test_hutch_is_exact_where_the_sketch_holds_the_spectrum() -> None:
     result = hessian_trace(Quadratic(matrix), quadratic_loss, ONE_BATCH, **settings)
     assert result.value == pytest.approx(matrix.trace().item(), rel=1e-10)
     assert result.exact_part == pytest.approx(result.value, rel=1e-10)
+    assert result.mean_eigenvalue == pytest.approx(matrix.trace().item() / 20, rel=1e-10)
     assert len(result.samples) == 4
     plain = hessian_trace(Quadratic(matrix), quadratic_loss, ONE_BATCH, 12)
     assert plain.value != pytest.approx(matrix.trace().item(), rel=1e-3)  # control: Hutchinson alone is not
+
+
+@pytest.mark.parametrize(("num_products", "num_samples"), [(4, 2), (6, 2), (11, 5)])
+def test_hutch_takes_as_many_products_as_asked(num_products: int, num_samples: int) -> None:
+    """A third for the sketch, a third on it, and what is left of them: each costs two passes by finite differences."""
+    settings = {"estimator": "hutch++", "hvp": "finite_differences"}
+    result = hessian_trace(smooth_network(), cross_entropy, pairs(), num_products, **settings)
+    assert (result.num_passes, len(result.samples)) == (2 * num_products, num_samples)
 
 
 def test_vectors_share_passes_over_the_data() -> None:
@@ -130,6 +146,34 @@ def test_density_is_that_of_the_dense_hessian() -> None:
     assert (density - shifted).abs().max() > 0.1 * wanted.max()  # control
 
 
+@pytest.mark.parametrize("num_vectors", [1, 3])
+def test_density_is_the_mean_of_the_vectors_and_its_interval_students(num_vectors: int) -> None:
+    result = spectral_density(
+        Quadratic(symmetric(8)), quadratic_loss, ONE_BATCH, num_vectors=num_vectors, num_steps=5, width=0.3
+    )
+    rules = [list(zip(xs, ws, strict=True)) for xs, ws in zip(result.nodes, result.weights, strict=True)]
+    bells = [[sum(w * norm.pdf(at, x, 0.3) for x, w in rule) for at in result.grid[::100]] for rule in rules]
+    found = torch.tensor(bells, dtype=torch.float64)
+    assert result.density[::100] == pytest.approx(found.mean(dim=0).tolist(), rel=1e-10)
+    if num_vectors == 1:
+        assert all(map(math.isnan, result.half_widths))
+    else:
+        wanted = stdtrit(2, 0.975) * found.std(dim=0) / math.sqrt(3)
+        assert result.half_widths[::100] == pytest.approx(wanted.tolist(), rel=1e-6)
+    ends = min(map(min, result.nodes)) - 1.2, max(map(max, result.nodes)) + 1.2  # four widths beyond the spectrum
+    assert (result.grid[0], result.grid[-1]) == pytest.approx(ends)
+
+
+@pytest.mark.parametrize(
+    ("diagonal", "width"), [([-1.0, 2.0, 4.0], 0.05), ([-3.0] * 7, 0.03), ([0.0, 0.0], 0.01)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_bells_are_a_hundredth_of_the_range_wide(diagonal: list[float], width: float, dtype: torch.dtype) -> None:
+    """Of the range of the spectrum, of the eigenvalue where there is one up to rounding, of 1 where that is zero."""
+    model = Quadratic(torch.diag(torch.tensor(diagonal, dtype=dtype)))
+    assert spectral_density(model, quadratic_loss, ONE_BATCH).settings["width"] == pytest.approx(width, rel=1e-5)
+
+
 def test_density_of_a_multiple_of_the_identity_is_one_bell() -> None:
     result = spectral_density(Quadratic(3 * torch.eye(5).double()), quadratic_loss, ONE_BATCH, num_steps=4)
     assert all(nodes == pytest.approx((3.0,)) for nodes in result.nodes)
@@ -157,7 +201,7 @@ def test_same_seed_same_value_and_another_seed_another() -> None:
     assert values[0] == values[1] != values[2]
 
 
-@pytest.mark.parametrize("degrees", [1, 2, 3, 9, 30, 999, 1000, 50_000])
+@pytest.mark.parametrize("degrees", [1, 2, 3, 9, 30, 150, 999, 1000, 50_000])
 def test_quantile_is_students(degrees: int) -> None:
     assert student_quantile(degrees) == pytest.approx(stdtrit(degrees, 0.975), rel=1e-6)
 

@@ -226,9 +226,12 @@ def test_classes_are_mistaken_as_published_and_else_for_the_next():
         **{"truck": "automobile", "bird": "airplane", "deer": "horse", "cat": "dog", "dog": "cat"}
     }
     assert mistaken_for(("a", "b", "c")) == [1, 2, 0]
+    assert mistaken_for(("truck", "bird", "deer", "cat", "dog")) == [1, 2, 3, 4, 0]  # some, without their targets
 
 
 def test_classes_of_cifar100_are_mistaken_within_their_superclass():
+    for members in label_noise.CIFAR100_SUPERCLASSES:
+        assert list(members) == sorted(members)  # the next one is that of the next label
     names = sorted(label_noise.CIFAR100_PAIRS)  # the order of its labels
     targets = mistaken_for(names)
     assert sorted(targets) == list(range(100))

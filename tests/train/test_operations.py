@@ -115,6 +115,12 @@ def test_another_magnitude_is_told_apart(name):
     assert ((result.int() - expected.int()).abs() > 1).double().mean() > 0.1
 
 
+@pytest.mark.parametrize("side", [(1, 1), (2, 5), (5, 2)])
+def test_an_image_that_is_all_border_is_as_sharp_as_it_was(side):
+    images = pictures(6, side)
+    assert torch.equal(transformed(images, only("Sharpness", 1.9, 6)), images)
+
+
 @pytest.mark.parametrize("length", [0, 4, 20, 80])
 def test_cutouts_are_grey_squares_clipped_at_the_border(length):
     images = pictures(30)
@@ -299,8 +305,9 @@ def test_randaugment_draws_its_sixteen_operations_uniformly_and_always_applies_t
         for kind, size in zip(operations.kinds[:, 0].tolist(), operations.magnitudes[:, 0].tolist(), strict=False)
     }
     assert (sizes["TranslateX"], sizes["Cutout"], sizes["Posterize"], sizes["Solarize"]) == (90, 72, 3, 230)
-    smaller = RandAugment().draw(4000, (32, 32), torch.Generator().manual_seed(0))
-    assert smaller.magnitudes[smaller.kinds == KINDS["Cutout"]].unique().tolist() == [10]
+    for side in ((32, 32), (32, 80), (80, 32)):  # the shorter one counts
+        smaller = RandAugment().draw(4000, side, torch.Generator().manual_seed(0))
+        assert smaller.magnitudes[smaller.kinds == KINDS["Cutout"]].unique().tolist() == [10]
 
 
 @pytest.mark.parametrize(
@@ -321,6 +328,31 @@ def test_randaugment_draws_its_sixteen_operations_uniformly_and_always_applies_t
 def test_levels_mean_what_the_published_codes_say(name, level, small, large):
     assert small_magnitude(name, level) == pytest.approx(small)
     assert large_magnitude(name, level, (250, 100)) == pytest.approx(large)
+
+
+@pytest.mark.parametrize(
+    ("policy", "scale", "bits"),
+    [
+        ("imagenet", "original", lambda level: int(level * 4 / 10)),
+        ("cifar", "original", lambda level: 4 - int(level * 4 / 10)),
+        ("cifar", "release", lambda level: int(level * 4 / 10)),
+    ],
+)
+def test_each_policy_has_the_scale_of_its_authors_unless_the_releases_is_asked_for(policy, scale, bits):
+    operations = AutoAugment(policy, scale).draw(20_000, (32, 32), torch.Generator().manual_seed(0))
+    found = set(operations.magnitudes[operations.kinds == KINDS["Posterize"]].tolist())
+    steps = [step for sub_policy in POLICIES[policy] for step in sub_policy if step.probability > 0]
+    assert found == {bits(step.level) for step in steps if step.name == "Posterize"}
+
+
+@pytest.mark.parametrize("name", ["TranslateX", "Cutout"])
+def test_scales_of_a_policy_differ(name):
+    """The control: what the release has, images of 32 pixels cannot have."""
+    found = []
+    for scale in ("original", "release"):
+        operations = AutoAugment("cifar", scale).draw(20_000, (32, 32), torch.Generator().manual_seed(0))
+        found.append(operations.magnitudes[operations.kinds == KINDS[name]].abs().max().item())
+    assert found[0] < 32 < found[1]
 
 
 def blanking(step: Step, side: int) -> float:

@@ -79,5 +79,7 @@ def test_numbers_outside_their_domain_are_refused() -> None:
         needed_seeds(1.0, -1.0)
     with pytest.raises(ValueError, match="power must be > 0.025 and < 1, got 1.0"):
         needed_seeds(1.0, 1.0, power=1.0)
+    with pytest.raises(ValueError, match="power must be > 0.025 and < 1, got 0.02"):
+        needed_seeds(1.0, 1.0, power=0.02)
     with pytest.raises(ValueError, match="values must have one entry per seed, got 1 and 2"):
         paired_difference([1.0], [1.0, 2.0])

@@ -53,3 +53,30 @@ def test_failed_candidate_is_never_promoted() -> None:
         halving.report(*step, error=math.inf)
     assert halving.next() is None
     assert halving.best is None
+
+
+def test_best_of_the_highest_rung_goes_on_where_there_are_too_few_for_the_rule() -> None:
+    """Two candidates, of four of which one would be promoted: the best alone goes on, and from where it has come to."""
+    halving = SuccessiveHalving([0, 1], 3, 4)
+    assert [halving.next(), halving.next()] == [(0, 0), (1, 0)]
+    halving.report(0, 0, 0.5)
+    assert halving.next() is None  # the other may be better
+    halving.report(1, 0, 0.4)
+    for rung in (1, 2):
+        assert halving.next() == (1, rung)
+        assert halving.next() is None
+        halving.report(1, rung, 0.6)
+    assert halving.next() is None
+    assert halving.best == 1
+
+
+def test_earlier_of_equals_is_the_better_one() -> None:
+    halving = SuccessiveHalving([0, 1], 2, 2)
+    halving.next()
+    halving.next()
+    halving.report(1, 0, 0.5)
+    halving.report(0, 0, 0.5)
+    assert halving.next() == (0, 1)
+    halving.report(1, 1, 0.3)
+    halving.report(0, 1, 0.3)
+    assert halving.best == 0

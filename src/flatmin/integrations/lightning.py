@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flatmin.integrations.lightning_averages import averaging_hooks, show_true_weights
 from flatmin.integrations.lightning_sharpness import SharpnessCallback
 from flatmin.integrations.lightning_steps import Steps
 from flatmin.integrations.true_weights import go_home, true_weights
@@ -27,11 +28,12 @@ class SharpnessAwareCallback(Callback):
     Plain ``configure_optimizers`` is enough to train: Lightning's closure is torch's. The callback adds, for automatic
     optimization: the second pass sees the dropout masks of the first and leaves buffers, logged values and torchmetrics
     as the first left them; the loss reported is that of the first pass; replicas (DDP) share gradients as ``sync``
-    says; ``accumulate_grad_batches`` perturbs. For manual optimization too: clipping and ``on_before_optimizer_step``
-    act once, on the gradient to follow, and get the base optimizer; a gradient scaler (``"16-mixed"``) unscales that
-    gradient only and steps back after an overflow in either pass. With manual optimization, give the optimizer its
-    ``model=`` yourself. For one-pass methods (``OnePass``): validation, saved weights and the weights that ``fit``
-    leaves are the true ones.
+    says; ``accumulate_grad_batches`` perturbs; a ``training_step`` that returns None skips its batch, or in the second
+    pass the step. For manual optimization too: clipping and ``on_before_optimizer_step`` act once, on the gradient to
+    follow, and get the base optimizer; a gradient scaler (``"16-mixed"``) unscales that gradient only and steps back
+    after an overflow in either pass. With manual optimization, give the optimizer its ``model=`` yourself. For one-pass
+    methods (``OnePass``): validation, saved weights, Lightning's averages of weights and what ``fit`` leaves are true
+    weights.
 
     Args:
         shared_perturbation: With ``accumulate_grad_batches``: one perturbation for the whole accumulated batch, whose
@@ -65,6 +67,9 @@ class SharpnessAwareCallback(Callback):
         steps = Steps(trainer, self.shared_perturbation)
         self._patch(trainer.strategy.precision_plugin, "optimizer_step", steps.optimizer_step)
         self._patch(trainer.strategy, "lightning_module_state_dict", partial(_true_state_dict, optimizers))
+        if any(isinstance(optimizer, OnePass) for optimizer in optimizers):
+            for callback, hook in averaging_hooks(trainer):
+                self._patch(callback, hook, show_true_weights(optimizers, self._shown))
         if pl_module.automatic_optimization and isinstance(optimizers[0], SharpnessAware):
             optimizers[0].attach(steps.forward, self.sync)
             self._patch(trainer.fit_loop.epoch_loop.automatic_optimization, "_make_closure", steps.make_closure)
@@ -89,6 +94,7 @@ class SharpnessAwareCallback(Callback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave the true weights."""
+        self._shown.close()
         go_home(_ours(trainer))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:

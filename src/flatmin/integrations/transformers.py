@@ -37,6 +37,9 @@ class SharpnessAwareMixin(_Base):
             whose micro-batches are kept until it ends, instead of one for each micro-batch.
         sync: Which processes share the gradient of the ascent, see ``SharpnessAware``.
         **kwargs: For the ``Trainer``.
+
+    Raises:
+        TypeError: ``sharpness_aware`` is no function; when training starts, if it has made something else.
     """
 
     optimizer: Any
@@ -49,6 +52,11 @@ class SharpnessAwareMixin(_Base):
         sync: Sync | None = None,
         **kwargs: Any,
     ) -> None:
+        if not callable(sharpness_aware):
+            raise TypeError(
+                "sharpness_aware must be a function that makes the optimizer from the base optimizer, such as "
+                f"partial(flatmin.SAM, rho=0.05), got {sharpness_aware!r}"
+            )
         self.sharpness_aware = sharpness_aware
         self.shared_perturbation = shared_perturbation
         self.sync = sync
@@ -62,9 +70,15 @@ class SharpnessAwareMixin(_Base):
         """Make the ``Trainer``'s own optimizer, unless it was given one, and wrap it."""
         super().create_optimizer(*args, **kwargs)
         if not isinstance(_unwrapped(self.optimizer), SharpnessAware | OnePass):
-            self.optimizer = self.sharpness_aware(self.optimizer)
-        made: Optimizer = self.optimizer
-        return made
+            made = self.sharpness_aware(self.optimizer)
+            if not isinstance(made, SharpnessAware | OnePass):
+                raise TypeError(
+                    "sharpness_aware must make a flatmin.SharpnessAware, such as SAM, or a flatmin.OnePass, "
+                    f"got {type(made).__name__}"
+                )
+            self.optimizer = made
+        optimizer: Optimizer = self.optimizer
+        return optimizer
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Both passes of a batch; after the last of a step its gradient is the one to follow.

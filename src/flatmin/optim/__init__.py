@@ -1,6 +1,7 @@
 """The engine, its pieces, and the named methods made of them."""
 
 from flatmin.optim.balls import Ball, Perturbation
+from flatmin.optim.buffers import averaged_buffers
 from flatmin.optim.checkup import Checkup, Finding
 from flatmin.optim.combine import Blend, Combine, Decoupled, Perturbed, Renormalised, Reuse, SurrogateGap
 from flatmin.optim.compiled import CompiledStep, compile_step
@@ -44,7 +45,6 @@ from flatmin.optim.metrics import Adaptive, Fisher, Identity, Metric
 from flatmin.optim.norms import joint_dot, joint_norm
 from flatmin.optim.one_pass import OnePass
 from flatmin.optim.options import EngineOptions, OnePassOptions
-from flatmin.optim.passes import averaged_buffers
 from flatmin.optim.radii import FirstOrderGain, Fixed, Radius, Unified
 from flatmin.optim.radius_search import suggest_rho
 from flatmin.optim.schedules import CosineToZero, ProportionalToLr, RhoSchedule, WarmUp

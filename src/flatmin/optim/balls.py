@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flatmin.optim.arguments import check_number, check_pieces
 from flatmin.optim.metrics import Identity, Metric
-from flatmin.optim.norms import dual_order
+from flatmin.optim.norms import dual_order, widened
 from flatmin.optim.radii import FirstOrderGain, Fixed, Radius, Unified
 from flatmin.optim.space import Space
 
@@ -161,7 +161,7 @@ def _largest_entry(space: Space, u: list[Tensor]) -> list[Tensor]:
     peaks = [tensor.abs().flatten().max(dim=0) if tensor.numel() else None for tensor in u]  # a shard may be empty
     values = [u[0].new_tensor(-1.0) if peak is None else peak.values.to(u[0].device) for peak in peaks]
     if space.shards is None:
-        winner = torch.stack([value.double() for value in values]).argmax()
+        winner = torch.stack([widened(value) for value in values]).argmax()
     else:
         winner = space.shards.first_of_largest(values)
     one_hot = []

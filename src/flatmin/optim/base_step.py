@@ -2,33 +2,17 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import SGD, Optimizer
 
 from flatmin.optim.freshness import mark_used
+from flatmin.optim.groups import count_step
+from flatmin.optim.loss_scaling import remaining_scale, unscale_
 from flatmin.optim.progress import require
 from flatmin.optim.space import Space
 from flatmin.optim.two_pass import TwoPass
 from flatmin.optim.wrapper import Wrapper
-
-
-def loss_scale_of(scaler: GradScaler | None, device: torch.device) -> Tensor | None:
-    """The factor that the scaler puts on losses, 0-dim; ``None`` where there is none."""
-    if scaler is None or not scaler.is_enabled():
-        return None
-    scale: Tensor = scaler.scale(torch.ones((), device=device))
-    return scale
-
-
-def unscale_(space: Space, scale: Tensor) -> None:
-    """Take the loss scale out of the gradients, rounded as torch's own scaler does."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for grad in space.grads:
-        by_device.setdefault(grad.device, []).append(grad)
-    for device, grads in by_device.items():
-        torch._foreach_mul_(grads, scale.double().reciprocal().to(device, torch.float32))
 
 
 def guarded_step(base: Optimizer, space: Space, *, found_inf: Tensor | None, looks: bool) -> bool | Tensor:
@@ -105,8 +89,7 @@ def take_base_step(optimizer: Wrapper, passes: TwoPass, scaler: GradScaler | Non
     passes.diagnostics.count(has_moved, is_taken)
     if is_taken is not False:
         optimizer.param_groups[0].update(notes)
-        for group in optimizer.param_groups:
-            group["num_steps"] += 1
+        count_step(optimizer.param_groups)
 
 
 def _unscaled(optimizer: Wrapper, passes: TwoPass, space: Space, scaler: GradScaler | None) -> Tensor | None:
@@ -116,7 +99,7 @@ def _unscaled(optimizer: Wrapper, passes: TwoPass, space: Space, scaler: GradSca
         The scale; ``None`` where there was none any more.
     """
     progress = passes.progress
-    scale = optimizer._grad_scale if scaler is None else loss_scale_of(scaler, passes.device)
+    scale = remaining_scale(optimizer, scaler)
     was_scaled = scale is not None or optimizer._found_inf is not None
     if was_scaled and progress.loss_scale is None:
         is_lost = progress.corrections.has_unknown_scale and scale is None
@@ -126,10 +109,6 @@ def _unscaled(optimizer: Wrapper, passes: TwoPass, space: Space, scaler: GradSca
             "pass the scaler to the first pass as well, first_step(scaler=scaler) or perturbed(scaler=scaler)",
         )
         passes.diagnostics.unscale(scale)
-    if scale is None:
-        return None
-    if scaler is None:
-        unscale_(space, scale)
-    else:
-        scaler.unscale_(optimizer)  # and not the base: the caller who has done that already gets torch's error
+    if scale is not None:
+        unscale_(optimizer, space, scale, scaler)
     return scale

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from flatmin.optim.accumulation import Reduction, one_after_another, reduced
-from flatmin.optim.base_step import loss_scale_of
+from flatmin.optim.buffers import averaged_buffers
 from flatmin.optim.closures import Closure
-from flatmin.optim.passes import averaged_buffers
+from flatmin.optim.loss_scaling import loss_scale_of
 from flatmin.optim.two_pass import TwoPass
 
 

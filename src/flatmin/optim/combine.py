@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flatmin.choices import check_choice
 from flatmin.optim.arguments import check_number
+from flatmin.optim.groups import is_perturbed
 from flatmin.optim.space import Space
 
 
@@ -97,7 +98,7 @@ class Blend(Combine):
         """``g / ||g||``, scaled as the loss; g itself in groups that are not perturbed."""
         length = space.norm(clean)
         unit = torch.where(length == 0, 0.0, (1.0 if space.loss_scale is None else space.loss_scale) / length)
-        radii = [g.radius if g.options.get("perturb", True) else 0.0 for g in space.groups]
+        radii = [g.radius if is_perturbed(g.options) else 0.0 for g in space.groups]
         factors = space.per_param([_unless_zero(radius, unit) for radius in radii])
         return [g * factor.to(g.device, g.dtype) for g, factor in zip(clean, factors, strict=True)]
 

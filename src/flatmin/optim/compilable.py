@@ -7,6 +7,7 @@ from torch.optim import Optimizer
 from flatmin.optim.directions import Observer
 from flatmin.optim.engine import SharpnessAware
 from flatmin.optim.methods.bsam import BSAM
+from flatmin.optim.norms import widest_dtype
 from flatmin.optim.one_pass import OnePass
 from flatmin.optim.sharding import is_sharded
 from flatmin.optim.when import Always, GradientWhen
@@ -34,6 +35,9 @@ def why_not_compiled(optimizer: Optimizer, model: nn.Module, num_micro_batches: 
         **own,
         "the optimizer has parameters that the model does not have": not set(params) <= set(model.parameters()),
         "parameters are complex or narrower than float32": any(p.is_complex() or p.dtype.itemsize < 4 for p in params),
+        "the parameters are on a device that has no float64, in which the graph takes numbers": any(
+            widest_dtype(param.device).itemsize < 8 for param in params
+        ),
         "the parameters are on several devices": len({param.device for param in params}) > 1,
         "the optimizer has step hooks, which must run between the passes and the update": bool(hooks),
     }

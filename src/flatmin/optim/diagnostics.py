@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-import torch
 from torch import Tensor
 
+from flatmin.optim.norms import cosine_of
 from flatmin.optim.space import Space
 
 
@@ -61,8 +61,8 @@ class Diagnostics:
             self.gradient_norm = space.norm(space.grads)
         else:
             self.gradient_norm, self.perturbed_gradient_norm = space.norm(clean), space.norm(space.grads)
-            lengths = self.gradient_norm.double() * self.perturbed_gradient_norm  # a scaled loss has long gradients
-            self.cosine = torch.where(lengths == 0, 0.0, space.dot(clean, space.grads) / lengths)
+            dot = space.dot(clean, space.grads)
+            self.cosine = cosine_of(self.gradient_norm, self.perturbed_gradient_norm, dot)
         if space.loss_scale is not None:
             self.unscale(space.loss_scale)
 

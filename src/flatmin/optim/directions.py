@@ -4,6 +4,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from flatmin.optim.arguments import check_number
 from flatmin.optim.seeding import seed_of
@@ -119,6 +120,9 @@ class BaseMomentum:
     Args:
         sign: -1 for the published method, +1 for the opposite side.
 
+    Raises:
+        TypeError: When it is asked for, where the base optimizer keeps its first moment under other names than torch's.
+
     References:
         Becker et al. (2024), arXiv:2401.12033 (Momentum-SAM), Algorithm 1.
     """
@@ -135,6 +139,8 @@ class BaseMomentum:
     def __call__(self, space: Space) -> list[Tensor]:
         """``-v``; ``v`` in a group that is maximised, where the ball turns it round once more."""
         moments = [first_moment(space, index) for index in range(len(space.owners))]
+        if all(moment is None for moment in moments):
+            _check_has_no_state(space)
         signs = space.per_param([-self.sign if g.options.get("maximize", False) else self.sign for g in space.groups])
         return [
             torch.zeros_like(param) if moment is None else moment if sign > 0 else -moment
@@ -209,6 +215,28 @@ def first_moment(space: Space, index: int) -> Tensor | None:
         if moment is not None:
             return moment
     return None
+
+
+def check_has_moment(base: Optimizer) -> None:
+    """Refuse a base without a first moment, along which nothing could be perturbed.
+
+    Raises:
+        ValueError: Its groups have neither a momentum nor a beta other than 0.
+    """
+    for group in getattr(base, "param_groups", ()):  # what is no optimizer is refused by name later
+        betas = group.get("betas", (0.0,))
+        if not group.get("momentum", 0.0) and not float(betas[0]):
+            raise ValueError(
+                f"base must have a first moment (momentum or betas) in every group, got {type(base).__name__} without"
+            )
+
+
+def _check_has_no_state(space: Space) -> None:
+    kept = sorted({name for owner in space.owners for name in space.memory.names_of(owner)})
+    if kept:
+        raise TypeError(
+            f"base must keep its first moment in its state, as momentum_buffer or exp_avg, got {', '.join(kept)}"
+        )
 
 
 def _updated_means(space: Space, name: str, weight: float) -> list[Tensor]:

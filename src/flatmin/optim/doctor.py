@@ -13,6 +13,8 @@ from flatmin.optim.checkup import Checkup, Finding, shown
 from flatmin.optim.closures import Closure, as_closures
 from flatmin.optim.dry_run import DryRun, DryStep, Look, check_two_passes, dry_run
 from flatmin.optim.engine import SharpnessAware
+from flatmin.optim.groups import has_radius
+from flatmin.optim.norms import widened
 from flatmin.optim.when import GradientWhen
 
 _SURVIVING = 0.9  # share of eps that must be left after rounding
@@ -99,7 +101,7 @@ def _before(optimizer: SharpnessAware) -> Iterator[Finding]:
             "no parameter of the optimizer requires a gradient",
             "unfreeze what is to be trained, or give the optimizer other parameters",
         )
-    elif all(group["rho"] == 0.0 or not group.get("perturb", True) for group in groups):
+    elif not has_radius(groups):
         yield Finding(
             "no radius",
             "rho is 0 in every group that is perturbed, so every step is the base optimizer's",
@@ -158,9 +160,9 @@ def _of_two_looks(run: DryRun, look: Look, closure: Closure) -> Iterator[Finding
     run.rewind()
     again = run.look(closure).grads
     apart = torch.stack(
-        [(grads[p].double() - again[p].double()).norm() for p in grads if p in again] or [torch.ones(())]
+        [(widened(grads[p]) - widened(again[p])).norm() for p in grads if p in again] or [torch.ones(())]
     )
-    whole = torch.stack([grad.double().norm() for grad in grads.values()])
+    whole = torch.stack([widened(grad).norm() for grad in grads.values()])
     if set(again) != set(grads) or bool(apart.norm() > _SAME_BATCH * whole.norm()):
         yield Finding(
             "changing batch",

@@ -12,12 +12,13 @@ from torch.amp import GradScaler
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from flatmin.optim.balls import Ball, Perturbation
-from flatmin.optim.base_step import loss_scale_of
+from flatmin.optim.buffers import buffers_of, set_buffers
 from flatmin.optim.closures import Closure
 from flatmin.optim.engine import SharpnessAware
+from flatmin.optim.generators import generators_of, set_generators
 from flatmin.optim.layers import LayerBall
-from flatmin.optim.norms import joint_norm
-from flatmin.optim.passes import buffers_of, generators_of, set_buffers, set_generators
+from flatmin.optim.loss_scaling import loss_scale_of
+from flatmin.optim.norms import joint_norm, widened
 from flatmin.optim.progress import Progress
 from flatmin.optim.space import Space
 from flatmin.optim.two_pass import TwoPass
@@ -242,7 +243,7 @@ class _WatchedBall:
 
     def farthest(self, space: Space, direction: list[Tensor], scaling: list[Tensor] | None) -> Perturbation:
         step = self._ball.farthest(space, direction, scaling)
-        wide = [tensor.double() * scale for tensor, scale in zip(step.tensors, step.scales, strict=True)]
+        wide = [widened(tensor) * scale for tensor, scale in zip(step.tensors, step.scales, strict=True)]
         self.asked = float(joint_norm(wide))
         return step
 

@@ -11,9 +11,10 @@ from flatmin.optim.freshness import mark_used
 from flatmin.optim.functional_model import LossModule
 from flatmin.optim.functional_one_pass import FunctionalOnePass
 from flatmin.optim.functional_step import FunctionalStep
+from flatmin.optim.groups import has_radius
 from flatmin.optim.memory import Memory
 from flatmin.optim.one_pass import OnePass
-from flatmin.optim.perturbation import Saved
+from flatmin.optim.saved import Saved
 from flatmin.optim.space import every_space
 
 
@@ -60,7 +61,7 @@ class TwoPassSide:
         """After the graph has written everything."""
         groups, diagnostics = self.optimizer.param_groups, self.optimizer.diagnostics
         diagnostics.measure_losses(loss, last_loss if self._is_perturbed else None)
-        has_moved = self._is_perturbed and any(group["rho"] != 0.0 for group in groups if group.get("perturb", True))
+        has_moved = self._is_perturbed and has_radius(groups)
         diagnostics.count(has_moved, is_taken)
 
 

@@ -7,9 +7,10 @@ import torch
 from torch.amp import GradScaler
 
 from flatmin.optim.accumulation import Reduction, check_reduction
-from flatmin.optim.base_step import loss_scale_of, take_base_step
+from flatmin.optim.base_step import take_base_step
 from flatmin.optim.diagnostics import Diagnostics
 from flatmin.optim.freshness import has_fresh_gradient, mark_used
+from flatmin.optim.loss_scaling import loss_scale_of
 from flatmin.optim.progress import require
 from flatmin.optim.two_pass import TwoPass
 from flatmin.optim.wrapper import Wrapper, only_creates_state
@@ -171,6 +172,27 @@ class LoopDoors(Wrapper):
             passes.forget()
         if passes.replay is not None:
             passes.replay.expect_first_pass()
+
+    def train(self) -> None:
+        """Switch the base optimizer to training, where it knows of that: schedule-free ones do, torch's do not.
+
+        May be called before every pass.
+        """
+        self._switch_base("train")
+
+    def eval(self) -> None:
+        """Switch the base optimizer to evaluation, see ``train``.
+
+        Raises:
+            RuntimeError: The parameters are at w + eps.
+        """
+        self._require_home("eval")
+        self._switch_base("eval")
+
+    def _switch_base(self, mode: str) -> None:
+        switch = getattr(self.base, mode, None)
+        if switch is not None:
+            switch()
 
     def _step_without_closure(self, scaler: GradScaler | None, reduction: Reduction) -> None:
         """The update, from the gradient that the passes have found."""

@@ -31,6 +31,11 @@ class Memory:
         value: Tensor | None = state[owner].get(name) if owner in state else None
         return value
 
+    def names_of(self, owner: Tensor) -> list[str]:
+        """Of all entries that there are for a parameter, the base's own too."""
+        state: Any = {} if self._optimizer is None else self._optimizer.state
+        return list(state[owner]) if owner in state else []
+
     def remember(self, owner: Tensor, name: str, value: Tensor) -> None:
         """A value for the steps after this one; the mean where a step remembers several."""
         if (owner, name) in self._found:

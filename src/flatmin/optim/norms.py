@@ -12,6 +12,7 @@ from flatmin.optim import kernel
 # rows of 4096 lose 2e-9 and cost as little.
 _AT_ONCE = 65536
 _ROW = 4096
+_WITHOUT_FLOAT64 = ("mps",)  # Apple's
 _BATCH = 64  # tensors shorter than a row that are copied into one, which is cheaper than a norm of each
 
 
@@ -87,6 +88,27 @@ def joint_dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     wide = torch.float64 if device.type == "cpu" else torch.float32
     products = [(x.to(wide) * y.to(wide)).sum().to(device) for x, y in zip(left, right, strict=True)]
     return torch.stack(products).sum()
+
+
+def cosine_of(left: Tensor, right: Tensor, dot: Tensor) -> Tensor:
+    """``<x, y> / (||x|| ||y||)``, 0 where a length is 0; dividing twice, since the product may overflow.
+
+    Args:
+        left: ``||x||``, 0-dim.
+        right: ``||y||``, 0-dim.
+        dot: ``<x, y>``, 0-dim.
+    """
+    return torch.where((left == 0) | (right == 0), 0.0, dot / left / right)
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has no float64."""
+    return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in the widest dtype of its device."""
+    return tensor.to(widest_dtype(tensor.device))
 
 
 def dual_order(p: float) -> float:

@@ -11,17 +11,19 @@ from torch.optim import Optimizer
 from flatmin.optim.accumulation import Reduction, check_reduction, one_after_another
 from flatmin.optim.arguments import check_pieces
 from flatmin.optim.balls import Ball
-from flatmin.optim.base_step import guarded_step, loss_scale_of, unscale_
+from flatmin.optim.base_step import guarded_step
 from flatmin.optim.closures import Closure, as_closures
 from flatmin.optim.diagnostics import Diagnostics
-from flatmin.optim.directions import BaseMomentum, Direction, Observer
+from flatmin.optim.directions import BaseMomentum, Direction, Observer, check_has_moment
 from flatmin.optim.freshness import has_fresh_gradient, is_fresh, mark_used
+from flatmin.optim.groups import count_step
 from flatmin.optim.layers import LayerBall
 from flatmin.optim.leftover import refusing_leftovers
+from flatmin.optim.loss_scaling import remaining_scale, unscale_
 from flatmin.optim.resting_weights import RestingWeights
 from flatmin.optim.rounding import Rounding, check_rounding
 from flatmin.optim.schedules import RhoSchedule
-from flatmin.optim.space import Space, active_space
+from flatmin.optim.space import active_space
 from flatmin.optim.when import Always, GradientWhen, When
 from flatmin.optim.wrapper import names_of, only_creates_state
 
@@ -44,8 +46,10 @@ class OnePass(RestingWeights):
 
     One copy of the perturbed parameters, w, is kept. Weights that are written from outside while they rest, by loading
     a checkpoint for instance, count as new true weights; ``zero_grad()`` and a step with a closure perturb them before
-    their first gradient. ``state_dict()`` holds w where it is taken at rest, and no copy inside ``unperturbed()``. A
-    run that was saved anywhere goes on with the same bits, whether the model's weights or ours are loaded first.
+    their first gradient. What is written through ``.data`` cannot be noticed and is lost at the next step: write the
+    parameter itself under ``torch.no_grad()``, or inside ``unperturbed()``. ``state_dict()`` holds w where it is taken
+    at rest, and no copy inside ``unperturbed()``. A run that was saved anywhere goes on with the same bits, whether the
+    model's weights or ours are loaded first.
 
     Args:
         base: The optimizer that takes the step; any that needs no closure of its own.
@@ -63,7 +67,8 @@ class OnePass(RestingWeights):
 
     Raises:
         TypeError: ``base`` is no optimizer, is itself sharpness-aware, or drives a closure of its own (LBFGS).
-        ValueError: A hyperparameter is outside its domain, or a piece asks for the clean gradient.
+        ValueError: A hyperparameter is outside its domain, a piece asks for the clean gradient, or the direction is the
+            base's momentum and it has none.
     """
 
     def __init__(  # noqa: PLR0913 - each piece is one keyword
@@ -89,6 +94,8 @@ class OnePass(RestingWeights):
         self.rho_schedule = rho_schedule
         self.diagnostics = Diagnostics()
         self._check_pieces()
+        if isinstance(self.direction, BaseMomentum):
+            check_has_moment(base)
         super().__init__(base, {"rho": rho, **self.ball.defaults})
         self._model = model if self.ball.metric.needs_names else None
         self._names = self._names_for_metric()
@@ -145,7 +152,10 @@ class OnePass(RestingWeights):
             elif has_fresh_gradient(self._params()):
                 self._take_step(scaler)
             else:
-                raise RuntimeError("no parameter has a new gradient: backward() must run before each step()")
+                raise RuntimeError(
+                    "no parameter has a new gradient: backward() must run before each step(). In Lightning, a "
+                    "training_step that returns None needs flatmin.integrations.lightning.SharpnessAwareCallback"
+                )
             return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -179,27 +189,20 @@ class OnePass(RestingWeights):
         has_moved = self._rest.has_moved
         self._rest.go_home()
         try:
-            looks = self._unscale(space, scaler) or self.skip_nonfinite
+            scale = remaining_scale(self, scaler)
+            if scale is not None:
+                unscale_(self, space, scale, scaler)
             if isinstance(self.direction, Observer):
                 self.direction.observe(space)
+            looks = self.skip_nonfinite or scale is not None
             is_taken = guarded_step(self.base, space, found_inf=self._found_inf, looks=looks)
             self._memory.commit(is_taken, space.owners)
             self.diagnostics.count(has_moved, is_taken)
             if is_taken is not False:
-                for group in self.param_groups:
-                    group["num_steps"] += 1
+                count_step(self.param_groups)
         finally:
             mark_used(self._params())
             self._perturb()
-
-    def _unscale(self, space: Space, scaler: GradScaler | None) -> bool:
-        """Take the loss scale out of the gradients; whether there was one."""
-        scale = self._grad_scale if scaler is None else loss_scale_of(scaler, next(self._params()).device)
-        if scale is not None and scaler is not None:
-            scaler.unscale_(self)
-        elif scale is not None:
-            unscale_(space, scale)
-        return scale is not None
 
     def _names_for_metric(self) -> dict[Tensor, str]:
         return names_of(self._model, self.param_groups) if self.ball.metric.needs_names else {}

@@ -10,6 +10,7 @@ from flatmin.optim.arguments import check_number
 from flatmin.optim.closures import Closure, as_closures
 from flatmin.optim.dry_run import check_two_passes, dry_run
 from flatmin.optim.engine import SharpnessAware
+from flatmin.optim.norms import widest_dtype
 
 _START = 0.05  # where no group has a radius yet: the paper's "solid default"
 _NUM_DOUBLINGS = 60
@@ -78,9 +79,9 @@ def suggest_rho(
             if any(value is None for value in rises):
                 raise TypeError("closure must return the loss, got None")
             own = sign * math.fsum(value for value in rises if value is not None) / len(rises)
-            mean = float(
-                run.passes.mean_over_processes(torch.tensor(own, dtype=torch.float64, device=run.passes.device))
-            )
+            device = run.passes.device
+            own_mean = torch.tensor(own, dtype=widest_dtype(device), device=device)
+            mean = float(run.passes.mean_over_processes(own_mean))
             return math.inf if math.isnan(mean) else mean  # as high as can be
 
         return _crossing(rise, target_rise, first or _START, tolerance)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from flatmin.optim.balls import Ball
 from flatmin.optim.layers import LayerBall
-from flatmin.optim.perturbation import Saved
+from flatmin.optim.saved import Saved
 from flatmin.optim.space import Space
 from flatmin.optim.visit import Visit
 

@@ -60,6 +60,31 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Ge
     return torch.where(values.isfinite(), rounded.clamp_(-largest, largest), values).to(dtype)
 
 
+class Rounder:
+    """Rounds what a step has computed in float32 to the dtype of its parameters.
+
+    Args:
+        seed: Of the stochastic rounding, with one generator for each device; ``None`` rounds to the nearest.
+    """
+
+    def __init__(self, seed: int | None) -> None:
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def is_stochastic_in(self, dtype: torch.dtype) -> bool:
+        """Whether sums in this dtype are rounded stochastically."""
+        return self._seed is not None and is_narrow(dtype)
+
+    def __call__(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rounded, or left as they are for a copy to round them to the nearest."""
+        if self._seed is None:
+            return values
+        device = values.device
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return round_stochastically(values, dtype, self._generators[device])
+
+
 def _shift(values: Tensor) -> Tensor:
     """What takes the subnormal numbers to where as many bits are dropped as of the others."""
     magnitude = torch.full((), _SMALLEST_NORMAL, device=values.device)  # filled on the device: the host does not wait

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from flatmin.optim import kernel
+from flatmin.optim.groups import is_perturbed
 from flatmin.optim.memory import Memory
 from flatmin.optim.norms import are_finite, each_norm, joint_dot, joint_norm
 from flatmin.optim.sharding import Shards, is_sharded, local, placed_like
@@ -141,13 +142,13 @@ class Space:
 
     def perturbed(self) -> "Space":
         """The part that is perturbed: the groups without an entry ``perturb`` that is false."""
-        if all(group.options.get("perturb", True) for group in self.groups):
+        if all(is_perturbed(group.options) for group in self.groups):
             return self
-        return Space([g for g in self.groups if g.options.get("perturb", True)], self.memory, self.loss_scale)
+        return Space([g for g in self.groups if is_perturbed(g.options)], self.memory, self.loss_scale)
 
     def finite_with_rest(self, is_finite: Tensor) -> Tensor:
         """Whether the perturbed part's gradients are finite, as is known, and those of the others are, too; 0-dim."""
-        rest = Space([group for group in self.groups if not group.options.get("perturb", True)])
+        rest = Space([group for group in self.groups if not is_perturbed(group.options)])
         return is_finite & rest.has_finite_grads().to(is_finite.device) if rest.groups else is_finite
 
 

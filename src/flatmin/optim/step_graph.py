@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from flatmin.optim.cuda_graph import CapturedStep, can_be_captured, copy_as_laid_out
 from flatmin.optim.draws import DECOMPOSITIONS, Draw, Unfit
 from flatmin.optim.functional_model import LossModule
+from flatmin.optim.groups import count_step
 from flatmin.optim.guard import Guard
 from flatmin.optim.host_side import OnePassSide, TwoPassSide
 from flatmin.optim.scene import Given
@@ -102,8 +103,7 @@ class StepGraph:
         known = bool(is_taken) if is_taken.device.type == "cpu" else is_taken
         self._side.end_step(loss, last_loss, known)
         if known is not False:
-            for group in optimizer.param_groups:
-                group["num_steps"] += 1
+            count_step(optimizer.param_groups)
         for stepped in (optimizer, self._base):
             setattr(stepped, "_opt_called", True)  # noqa: B010 - what a scheduler asks; torch declares it nowhere
         return loss

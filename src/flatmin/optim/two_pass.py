@@ -13,8 +13,8 @@ from flatmin.optim.diagnostics import Diagnostics
 from flatmin.optim.freshness import has_fresh_gradient, mark_used
 from flatmin.optim.memory import Memory
 from flatmin.optim.overflow import Overflow
-from flatmin.optim.passes import Replay
 from flatmin.optim.plan import Plan
+from flatmin.optim.replay import Replay
 from flatmin.optim.seeding import seed_of
 from flatmin.optim.sharding import mean_over_mesh
 from flatmin.optim.space import Space, active_space, as_owned, every_space
@@ -237,7 +237,8 @@ class TwoPass:
             self.give_up()  # also between the two steps, where the caller may go on after the error
             raise RuntimeError(
                 "no parameter has a new gradient: backward() must run before the first step, again at w + eps, "
-                "and inside a closure; and some parameter must require a gradient"
+                "and inside a closure; and some parameter must require a gradient. In Lightning, a training_step that "
+                "returns None needs flatmin.integrations.lightning.SharpnessAwareCallback"
             )
 
     def _seed(self) -> int | None:

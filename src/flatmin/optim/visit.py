@@ -9,7 +9,8 @@ from flatmin.optim.balls import Ball, Perturbation
 from flatmin.optim.host_copies import HostCopies, is_on_host
 from flatmin.optim.layers import LayerBall
 from flatmin.optim.norms import joint_norm
-from flatmin.optim.perturbation import Saved, perturb_
+from flatmin.optim.perturbation import perturb_
+from flatmin.optim.saved import Saved
 from flatmin.optim.sharding import Shards
 from flatmin.optim.space import Space
 

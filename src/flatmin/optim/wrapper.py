@@ -197,5 +197,10 @@ def _check_base(base: object) -> None:
         )
     if isinstance(base, Wrapper):
         raise TypeError(f"base must not be sharpness-aware itself, got {type(base).__name__}")
+    if not hasattr(base, _STATE_DICT_HOOKS[0]):
+        raise TypeError(
+            f"base must have been made by torch.optim.Optimizer's own constructor, got {type(base).__name__}: "
+            "one that is around an optimizer itself goes around ours, such as Lookahead(flatmin.SAM(base))"
+        )
     if isinstance(base, LBFGS):
         raise TypeError("base must take a step without a closure, got LBFGS, which evaluates the loss on its own")

@@ -79,7 +79,7 @@ def spectral_density(
         num_vectors: Random vectors, ``>= 1``; the interval needs two.
         num_steps: Lanczos steps m from each, ``>= 1``.
         width: Deviation of the Gaussian that smooths the density, ``> 0``; a hundredth of the spectrum's range by
-            default.
+            default, or of its only eigenvalue.
         seed: Of the random vectors.
         options: See ``LossOptions`` and ``HessianOptions``.
 
@@ -104,7 +104,7 @@ def spectral_density(
                 last = space
             rules.append(_quadrature(last))
     nodes, weights = tuple(rule[0] for rule in rules), tuple(rule[1] for rule in rules)
-    width = width or _default_width(nodes)
+    width = width or _default_width(nodes, objective.dtype)
     grid, densities = _smooth(nodes, weights, width)
     value, error = mean_and_half_width(_moments(nodes, weights, 1))
     settings = {"num_vectors": num_vectors, "num_steps": num_steps, "width": width, "seed": seed}
@@ -131,9 +131,12 @@ def _moments(nodes: tuple[tuple[float, ...], ...], weights: tuple[tuple[float, .
     return [math.fsum(w * x**order for x, w in zip(xs, ws, strict=True)) for xs, ws in zip(nodes, weights, strict=True)]
 
 
-def _default_width(nodes: tuple[tuple[float, ...], ...]) -> float:
+def _default_width(nodes: tuple[tuple[float, ...], ...], dtype: torch.dtype) -> float:
+    """A hundredth of the range; of the largest eigenvalue where the range is rounding, of 1 where that is zero."""
     low, high = min(map(min, nodes)), max(map(max, nodes))
-    return (high - low or abs(high) or 1.0) / 100
+    largest = max(abs(low), abs(high))
+    is_rounding = high - low <= 100 * torch.finfo(dtype).eps * largest
+    return ((largest or 1.0) if is_rounding else high - low) / 100
 
 
 def _smooth(

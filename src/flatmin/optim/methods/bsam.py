@@ -13,10 +13,12 @@ from flatmin.optim.arguments import check_number, check_pieces
 from flatmin.optim.closures import Closure, as_closures
 from flatmin.optim.diagnostics import Diagnostics
 from flatmin.optim.freshness import mark_used
+from flatmin.optim.groups import count_step, has_radius, radius_of
 from flatmin.optim.leftover import refusing_leftovers
 from flatmin.optim.norms import are_finite
-from flatmin.optim.passes import Replay
-from flatmin.optim.perturbation import Saved, perturb_
+from flatmin.optim.perturbation import perturb_
+from flatmin.optim.replay import Replay
+from flatmin.optim.saved import Saved
 from flatmin.optim.seeding import seed_of
 from flatmin.optim.sharding import is_sharded
 from flatmin.optim.space import refuse_sparse
@@ -202,11 +204,11 @@ class BSAM(Optimizer):
     def _update(self, total: _RisesAndGradients, number: int) -> None:
         """Momentum, weights and precision; nothing where a gradient is not finite."""
         is_finite = bool(are_finite([x for pair in total.values() for x in pair]))
-        self.diagnostics.count(any(_radius(group) for group in self.param_groups), is_finite)
+        self.diagnostics.count(has_radius(self.param_groups), is_finite)
         if not is_finite:
             return
+        count_step(self.param_groups)
         for group in self.param_groups:
-            group["num_steps"] += 1
             params = [param for param in group["params"] if param in total]
             if params:
                 rises, grads = zip(*(total[param] for param in params), strict=True)
@@ -248,7 +250,7 @@ class BSAM(Optimizer):
         """To w + rho g / s; nowhere where that is not finite, since the update will be skipped."""
         if not are_finite(steps):
             return None
-        radii = {param: _radius(group) for group in self.param_groups for param in group["params"]}
+        radii = {param: radius_of(group) for group in self.param_groups for param in group["params"]}
         return perturb_(params, steps, _scales(steps, [radii[param] for param in params]))
 
     def _precisions(self, params: list[Tensor]) -> list[Tensor]:
@@ -313,11 +315,6 @@ def _add_(total: _RisesAndGradients, found: _RisesAndGradients, *, is_kept: bool
             total[param][1].add_(g_p)
         else:
             total[param] = rise, as_kept(g_p) if is_kept else g_p
-
-
-def _radius(group: dict[str, Any]) -> float:
-    rho: float = group["rho"]
-    return rho if group.get("perturb", True) else 0.0
 
 
 def _scales(tensors: Sequence[Tensor], numbers: Sequence[float]) -> list[Tensor]:

@@ -27,7 +27,6 @@ class MSAM(OnePass):
     """
 
     def __init__(self, base: Optimizer, rho: float = 3.0, **options: Unpack[OnePassOptions]) -> None:
-        check_has_moment(base)
         super().__init__(base, rho, direction=BaseMomentum(), **options)
 
 
@@ -57,19 +56,4 @@ class AdaptiveMSAM(OnePass):
         scaled: Scaled = "all",
         **options: Unpack[OnePassOptions],
     ) -> None:
-        check_has_moment(base)
         super().__init__(base, rho, direction=BaseMomentum(), ball=Ball(metric=Adaptive(eta, scaled)), **options)
-
-
-def check_has_moment(base: Optimizer) -> None:
-    """Refuse a base without a first moment, along which nothing could be perturbed.
-
-    Raises:
-        ValueError: Its groups have neither a momentum nor a beta other than 0.
-    """
-    for group in getattr(base, "param_groups", ()):  # what is no optimizer is refused by name later
-        betas = group.get("betas", (0.0,))
-        if not group.get("momentum", 0.0) and not float(betas[0]):
-            raise ValueError(
-                f"base must have a first moment (momentum or betas) in every group, got {type(base).__name__} without"
-            )

@@ -6,6 +6,7 @@ from torch.optim import Optimizer
 
 from flatmin.optim.balls import Ball
 from flatmin.optim.engine import SharpnessAware
+from flatmin.optim.groups import is_perturbed
 from flatmin.optim.metrics import Adaptive, Identity
 from flatmin.optim.options import EngineOptions
 
@@ -41,7 +42,7 @@ class SAMON(SharpnessAware):
     ) -> None:
         metric = Adaptive(eta, "all") if adaptive else Identity()
         groups = getattr(base, "param_groups", [{"perturb": False}])  # what is no optimizer is refused by name later
-        if all(group.get("perturb", True) for group in groups):
+        if all(is_perturbed(group) for group in groups):
             raise ValueError(
                 'base must have groups with perturb=False: build it from flatmin.param_groups(model, "norm")'
             )

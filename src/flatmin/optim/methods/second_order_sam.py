@@ -14,9 +14,10 @@ from flatmin.optim.balls import spread
 from flatmin.optim.base_step import guarded_step
 from flatmin.optim.diagnostics import Diagnostics
 from flatmin.optim.freshness import is_fresh, mark_used
+from flatmin.optim.generators import generators_of, set_generators
+from flatmin.optim.groups import count_step, has_radius
 from flatmin.optim.memory import Memory
-from flatmin.optim.norms import joint_dot, joint_norm
-from flatmin.optim.passes import generators_of, set_generators
+from flatmin.optim.norms import cosine_of, joint_dot, joint_norm
 from flatmin.optim.schedules import RhoSchedule, set_radii
 from flatmin.optim.sharding import is_sharded
 from flatmin.optim.space import ActiveGroup, Space, active_space, as_real, refuse_sparse
@@ -134,10 +135,8 @@ class SecondOrderSAM(Wrapper):
         is_taken = guarded_step(self.base, space, found_inf=None, looks=self.skip_nonfinite)
         mark_used(self._params())
         if is_taken is not False:
-            for group in self.param_groups:
-                group["num_steps"] += 1
-        perturbed = (group for group in self.param_groups if group.get("perturb", True))
-        self.diagnostics.count(any(group["rho"] != 0.0 for group in perturbed), is_taken)
+            count_step(self.param_groups)
+        self.diagnostics.count(has_radius(self.param_groups), is_taken)
         return loss
 
     def _differentiated(self, closure: Callable[[], Tensor]) -> tuple[Tensor, dict[Tensor, Tensor]]:
@@ -256,5 +255,4 @@ def _norm(grads: list[Tensor]) -> Tensor:
 
 def _cosine(left: list[Tensor], right: list[Tensor]) -> Tensor:
     left, right = ([as_real(x.resolve_conj()) for x in tensors] for tensors in (left, right))
-    lengths = joint_norm(left).double() * joint_norm(right)
-    return torch.where(lengths == 0, 0.0, joint_dot(left, right) / lengths)
+    return cosine_of(joint_norm(left), joint_norm(right), joint_dot(left, right))

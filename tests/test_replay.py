@@ -122,6 +122,53 @@ def test_calls_before_zero_grad_are_not_replayed():
     assert torch.equal(everything(model), everything(plain))
 
 
+def _watched_dropout():
+    """A network, its optimizer, and a list that will hold the mask of every call in training mode."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+    masks = []
+    model[2].register_forward_hook(lambda module, _, output: masks.append(output == 0) if module.training else None)
+    return model, flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model), masks
+
+
+@pytest.mark.parametrize("is_evaluated", [False, True])
+def test_an_evaluation_with_gradients_on_is_not_replayed(is_evaluated):
+    """In a loop that never calls ``zero_grad`` before a step; dropout repeats the masks of the pass, not of a stray."""
+    model, optimizer, masks = _watched_dropout()
+    (inputs, labels), (others, _) = batches()[:2]
+    for _ in range(3):
+        if is_evaluated:
+            model.eval()(others)
+            torch.rand(1)
+            model.train()
+        cross_entropy(model(inputs), labels).backward()
+        with optimizer.perturbed():
+            cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+    assert len(masks) == 6
+    assert all(torch.equal(first, second) for first, second in zip(masks[::2], masks[1::2], strict=True))
+    assert not torch.equal(masks[0], masks[2])
+
+
+def test_an_evaluated_target_inside_a_pass_belongs_to_it():
+    """The model's own answers in evaluation mode, sloppily with gradients on, then its training pass: both times."""
+    model, optimizer, masks = _watched_dropout()
+    inputs, _ = batches()[0]
+
+    def backward():
+        target = model.eval()(inputs).detach().softmax(1)
+        cross_entropy(model.train()(inputs), target).backward()
+
+    for _ in range(2):
+        backward()
+        with optimizer.perturbed():
+            backward()
+        optimizer.step()
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(masks[2], masks[3])
+    assert not torch.equal(masks[0], masks[2])
+
+
 def test_buffers_are_restored_when_the_second_pass_raises():
     model, plain = tiny_network(), tiny_network()
     optimizer = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)

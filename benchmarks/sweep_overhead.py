@@ -21,7 +21,7 @@ from benchmarks.record import Case, Options
 from flatmin.train.config import TrainConfig
 from flatmin.train.run import write_summary
 from flatmin.train.summary import Summary
-from flatmin.train.sweep.command import SweepArguments, made_plan
+from flatmin.train.sweep.arguments import SweepArguments, made_plan
 from flatmin.train.sweep.contenders import Plan
 from flatmin.train.sweep.driver import drive
 from flatmin.train.sweep.pool import RayPool

@@ -50,7 +50,7 @@ def test_the_steps_are_the_same(device, door):
     assert_close(optimizer.diagnostics.as_dict(), other_optimizer.diagnostics.as_dict(), rtol=1e-9, atol=1e-12)
 
 
-def test_several_ascents_too(device):
+def test_several_ascents_are_the_same_with_copies_on_the_host(device):
     model, _ = trained(through_closure, save_to="host", ascent_steps=3)
     other, _ = trained(through_closure, ascent_steps=3)
     assert len(device) == 4 * 3

@@ -250,7 +250,7 @@ def test_a_gradient_rule_within_a_window():
     ],
     ids=["warm-up", "cosine", "proportional to lr", "proportional to lr within a range", "a function"],
 )
-def test_schedules_of_rho(schedule, expected):
+def test_rho_follows_its_schedule_also_after_a_resume(schedule, expected):
     weights = nn.Parameter(torch.ones(3))
     optimizer = flatmin.SAM(torch.optim.SGD([weights], lr=0.1), 0.4, rho_schedule=schedule)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)

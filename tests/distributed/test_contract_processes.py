@@ -152,7 +152,7 @@ def test_shards_are_one_process_and_resume_and_agree_on_overflows(two_ranks, nam
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*ROWS, *RESTING])
-def test_shards_over_four_processes_too(four_ranks, name):
+def test_shards_over_four_processes_are_one_process(four_ranks, name):
     four_ranks.run(_shards, name)
 
 

@@ -238,7 +238,7 @@ def _mixed(method):
     assert is_same_everywhere(whole(model))
 
 
-def test_mixed_precision_of_fsdp(two_ranks):
+def test_mixed_precision_of_fsdp_ends_near_full_precision(two_ranks):
     two_ranks.run(_mixed, "p2")
 
 

@@ -28,7 +28,7 @@ def prepared(**options):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_closure(precision):
+def test_a_closure_is_the_loop_by_hand(precision):
     accelerator, model, optimizer, _ = prepared(mixed_precision=precision)
     for index, (inputs, labels) in enumerate(batches()):
         torch.manual_seed(index)
@@ -57,7 +57,7 @@ def test_clipping_between_the_second_pass_and_the_step():
     torch.testing.assert_close(everything(model), tiny_training(clip=CLIP), rtol=1e-5, atol=1e-6)
 
 
-def test_the_loop_with_accumulate():
+def test_the_loop_with_accumulate_is_the_loop_by_hand():
     accelerator, model, optimizer, sam = prepared(gradient_accumulation_steps=2)
     for index, (inputs, labels) in enumerate(batches()):
         if index % 2 == 0:
@@ -77,7 +77,7 @@ def test_the_loop_with_accumulate():
     assert sam.diagnostics.num_steps == 3
 
 
-def test_micro_batches_as_closures():
+def test_micro_batches_as_closures_are_the_loop_by_hand():
     accelerator, model, optimizer, _ = prepared()
 
     def closure(inputs, labels):
@@ -91,7 +91,7 @@ def test_micro_batches_as_closures():
     torch.testing.assert_close(everything(model), tiny_training(micro_batch_step, every=2), rtol=1e-5, atol=1e-6)
 
 
-def test_a_gradient_scaler():
+def test_a_gradient_scaler_changes_nothing():
     """Accelerate makes one on accelerators only, so it is put in place here."""
     accelerator, model, _, sam = prepared()
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -107,7 +107,7 @@ def test_a_gradient_scaler():
     torch.testing.assert_close(everything(model), tiny_training(), rtol=1e-5, atol=1e-6)
 
 
-def test_saving_and_loading(tmp_path):
+def test_a_loaded_run_ends_where_the_uninterrupted_one_does(tmp_path):
     def train(accelerator, model, optimizer, steps):
         for index in steps:
             torch.manual_seed(index)

@@ -35,7 +35,7 @@ def test_plain_training_ends_elsewhere():
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_closure(precision):
+def test_a_closure_is_the_loop_by_hand(precision):
     fabric, network, model, optimizer = setup(precision=precision)
     for index, (inputs, labels) in enumerate(batches()):
         torch.manual_seed(index)
@@ -56,7 +56,7 @@ def test_a_closure(precision):
 
 @pytest.mark.parametrize("door", ["context", "two steps"])
 @pytest.mark.parametrize("scale", [None, 1024.0], ids=["float32", "float16"])
-def test_two_backward_passes(door, scale):
+def test_two_backward_passes_are_the_loop_by_hand(door, scale):
     scaler = torch.amp.GradScaler("cpu", init_scale=scale) if scale else None
     plugins = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]} if scaler else {}
     fabric, network, model, optimizer = setup(**plugins)
@@ -104,7 +104,7 @@ def test_clipping_in_float16_is_a_hook_of_the_base():
     torch.testing.assert_close(everything(network), expected, rtol=1e-5, atol=5e-4)
 
 
-def test_micro_batches_as_closures():
+def test_micro_batches_as_closures_are_the_loop_by_hand():
     fabric, network, model, optimizer = setup()
 
     def closure(inputs, labels):
@@ -143,7 +143,7 @@ def test_buffers_are_averaged_where_the_model_came_late():
     assert torch.equal(everything(networks[0]), everything(networks[1]))
 
 
-def test_saving_and_loading(tmp_path):
+def test_a_loaded_run_ends_where_the_uninterrupted_one_does(tmp_path):
     def train(fabric, model, optimizer, steps):
         for index in steps:
             torch.manual_seed(index)

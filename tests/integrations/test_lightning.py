@@ -213,7 +213,7 @@ def test_clipping_acts_on_the_gradient_to_follow(options, clip):
 
 @pytest.mark.parametrize("shared", [False, True], ids=["each micro-batch", "shared"])
 @pytest.mark.parametrize("every", [2, 4])  # with 4 the epoch ends on a group of two
-def test_accumulation(every, shared):
+def test_accumulation_is_the_loop_by_hand(every, shared):
     module = Classifier()
     callback = SharpnessAwareCallback(shared_perturbation=shared)
     trainer = fit(module, callback, accumulate_grad_batches=every, gradient_clip_val=0.2)
@@ -432,7 +432,7 @@ class Manual(Classifier):
 
 @pytest.mark.parametrize("plugins", [None, [1024.0]], ids=["float32", "float16"])
 @pytest.mark.parametrize("door", ["closure", "two steps", "context"])
-def test_manual_optimization(door, plugins):
+def test_manual_optimization_is_the_loop_by_hand(door, plugins):
     module = Manual(door)
     plugins = plugins and [_half_precision(*plugins)]
     trainer = fit(module, SharpnessAwareCallback(), plugins=plugins)

@@ -158,7 +158,7 @@ def test_it_is_the_loop_by_hand(tmp_path):
 
 @pytest.mark.parametrize("shared", [False, True], ids=["each micro-batch", "shared"])
 @pytest.mark.parametrize("every", [2, 4])  # with 4 the epoch ends on a group of two
-def test_accumulation(tmp_path, every, shared):
+def test_accumulation_is_the_loop_by_hand(tmp_path, every, shared):
     options = {"gradient_accumulation_steps": every, "shared_perturbation": shared, "max_grad_norm": 0.1}
     trainer = train(model := llama(), tmp_path, **options)
     step, other = (sam_step, micro_batch_step) if shared else (micro_batch_step, sam_step)
@@ -169,7 +169,7 @@ def test_accumulation(tmp_path, every, shared):
     assert (by_hand(llama(), other, every=every, clip=CLIP)[0] - weights).abs().max() > 1e-4  # the control
 
 
-def test_bfloat16(tmp_path):
+def test_bfloat16_is_the_loop_by_hand_under_autocast(tmp_path):
     train(model := llama(), tmp_path, bf16=True)
     weights, _ = by_hand(llama(), autocast=True)
     torch.testing.assert_close(weights_of(model), weights, rtol=1e-5, atol=1e-3)

@@ -21,7 +21,8 @@ from flatmin.train import solution as solution_module
 from flatmin.train import step_time as step_time_module
 from flatmin.train.arguments import config_from_arguments
 from flatmin.train.compare import CompareArguments, compare_command, parsed_radii
-from flatmin.train.config import TrainConfig, differing_fields
+from flatmin.train.config import TrainConfig
+from flatmin.train.config_difference import differing_fields
 from flatmin.train.errors import TrainingError, UsageError
 from flatmin.train.solution import loss_picture, loss_rises
 from flatmin.train.step_time import relative_step_times

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flatmin.train.config import TrainConfig, differing_fields
+from flatmin.train.config import TrainConfig
+from flatmin.train.config_difference import differing_fields
 from flatmin.train.config_file import config_to_yaml, load_config
 from flatmin.train.schedule import learning_rate
 

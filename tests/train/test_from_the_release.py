@@ -105,7 +105,7 @@ def test_models_of_the_table_can_be_built(row: Row) -> None:
     [row for row in WORKING if not re.match(r"`--(model|dataset|pretrained|weights)", row.here)],
     ids=lambda row: row.release.strip("`-"),
 )
-def test_row_trains(row: Row) -> None:
+def test_what_a_row_says_trains(row: Row) -> None:
     config = without_device_needs(config_from_arguments(row.arguments or []))
     if config.devices == "1":
         assert train(replace(config, dry_run=True)).steps == 2

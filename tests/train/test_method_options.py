@@ -15,7 +15,8 @@ import flatmin
 from flatmin.train.arguments import config_from_arguments
 from flatmin.train.checkpoint import load_newest_checkpoint
 from flatmin.train.cli import main
-from flatmin.train.config import TrainConfig, differing_fields
+from flatmin.train.config import TrainConfig
+from flatmin.train.config_difference import differing_fields
 from flatmin.train.config_file import config_to_yaml, load_config
 from flatmin.train.errors import TrainingError
 from flatmin.train.journal import read_metrics

@@ -29,6 +29,7 @@ from flatmin.train.models import build_model
 from flatmin.train.recipes import RECIPES, Result, find_recipe, recipe_config
 from flatmin.train.recipes.cost import MULTIPLY_ADDS
 from flatmin.train.recipes.table_1 import NUM_IMAGES
+from flatmin.train.sweep.arguments import SweepArguments, made_plan
 
 METHODS: tuple[Method, ...] = get_args(Method)
 
@@ -177,8 +178,6 @@ def test_commands_of_a_recipe_are_understood(command: str) -> None:
     elif name in ("relabel", "sharpness"):
         assert arguments[0].startswith("runs/")
     else:
-        from flatmin.train.sweep.command import SweepArguments, made_plan  # noqa: PLC0415 - only with Ray
-
         values = [(flag, value) for flag, value in pairwise(arguments) if flag.startswith("--")]
         each = tuple(value for flag, value in values if flag == "--each")
         grid = tuple(value for flag, value in values if flag == "--grid")

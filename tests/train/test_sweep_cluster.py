@@ -17,7 +17,7 @@ from one_by_one import OneByOne
 from rich.console import Console
 
 from flatmin.train.checkpoint import checkpoint_paths
-from flatmin.train.sweep.command import SweepArguments, made_plan
+from flatmin.train.sweep.arguments import SweepArguments, made_plan
 from flatmin.train.sweep.contenders import Plan
 from flatmin.train.sweep.driver import drive
 from flatmin.train.sweep.pool import RayPool

@@ -19,7 +19,7 @@ from flatmin.train.errors import TrainingError
 from flatmin.train.loop import train
 from flatmin.train.run import write_summary
 from flatmin.train.summary import Summary
-from flatmin.train.sweep.command import SweepArguments, made_plan
+from flatmin.train.sweep.arguments import SweepArguments, made_plan
 from flatmin.train.sweep.contenders import Plan
 from flatmin.train.sweep.cost import relative_run_times
 from flatmin.train.sweep.driver import drive
@@ -28,7 +28,7 @@ from flatmin.train.sweep.progress import counts, progress_line, progress_view
 from flatmin.train.sweep.record import results_csv
 from flatmin.train.sweep.results import sweep_result
 from flatmin.train.sweep.schedule import Schedule
-from flatmin.train.sweep.worker import finished_run, num_tries, run_trial
+from flatmin.train.sweep.worker import finished_run, run_trial
 
 SHORT = ("--epochs", "2", "--batch-size", "432", "--checkpoint-seconds", "0", "--model", "resnet-8")
 
@@ -254,9 +254,6 @@ def test_asha_on_fewer_candidates_than_a_reduction_still_finishes_one(tmp_path: 
     assert [dict(row.settings) for row in sweep_result(schedule).contenders] == [{}, {"rho": 0.2}, {"rho": 0.2}]
 
 
-# What is shown
-
-
 def test_progress_counts_runs_and_shows_choices_and_runs_under_way(tmp_path: Path) -> None:
     schedule, pool = Schedule(plan_in(tmp_path, *GRID, seeds=2)), OneByOne(invented)
     seen = []
@@ -279,7 +276,7 @@ def test_progress_counts_runs_and_shows_choices_and_runs_under_way(tmp_path: Pat
     assert counts(schedule.contenders[0]) == (0, 0, 2, 2, 0)
 
 
-def test_places_of_a_node() -> None:
+def test_a_node_has_places_for_what_its_cores_and_gpus_hold() -> None:
     assert num_places_on({"CPU": 16, "GPU": 2}, num_cpus=1, num_gpus=0.25) == 8
     assert num_places_on({"CPU": 4, "GPU": 2}, num_cpus=1, num_gpus=0.25) == 4
     assert num_places_on({"CPU": 16, "GPU": 2}, num_cpus=1, num_gpus=0.4) == 4  # not 5: no run on two GPUs
@@ -299,9 +296,6 @@ def test_address_at_which_nothing_listens_is_refused_at_once() -> None:
     check_address("auto")  # Ray finds out by itself
 
 
-# Real runs
-
-
 def test_run_stopped_on_the_way_goes_on_to_the_numbers_of_a_whole_one(tmp_path: Path) -> None:
     (run,) = plan_in(tmp_path, "rho=0.1,0.2", "method=sam", fields=SHORT).search_runs(0, 1)
     early = replace(run.config, max_epochs=1)
@@ -313,7 +307,7 @@ def test_run_stopped_on_the_way_goes_on_to_the_numbers_of_a_whole_one(tmp_path: 
     wanted, summary = train(whole), run_trial(run.config)
     assert (summary.eval_loss, summary.train_loss) == (wanted.eval_loss, wanted.train_loss)
     assert finished_run(early) != finished_run(run.config)
-    assert num_tries(run.config) == 2
+    assert len((run.config.run_dir / "tries.jsonl").read_text().splitlines()) == 2
     assert not checkpoint_paths(run.config.run_dir)  # of a finished search run only the numbers are kept
     assert run_trial(run.config) == summary  # and they are found again without them
 

@@ -12,7 +12,7 @@ from flatmin.train.config import Method, TrainConfig
 from flatmin.train.loop import train
 from flatmin.train.methods import reads_field
 from flatmin.train.recipes import recipe_config
-from flatmin.train.sweep.command import SweepArguments, made_plan
+from flatmin.train.sweep.arguments import SweepArguments, made_plan
 from flatmin.train.sweep.contenders import Plan, run_name
 from flatmin.train.sweep.grid import grid_points, parsed_grid
 

@@ -6,7 +6,7 @@ import random
 from flatmin.train.sweep.halving import SuccessiveHalving, rung_epochs
 
 
-def test_rungs() -> None:
+def test_rungs_grow_by_the_reduction_up_to_the_whole_run() -> None:
     assert rung_epochs(40, 1, 3) == [1, 3, 9, 27, 40]
     assert rung_epochs(27, 3, 3) == [3, 9, 27]
     assert rung_epochs(2, 5, 4) == [2]

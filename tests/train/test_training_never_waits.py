@@ -51,7 +51,7 @@ def labels(number: int) -> Tensor:
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_augmented_batches(name: str) -> None:
+def test_augmented_batches_are_made_without_waiting(name: str) -> None:
     augmentation = Augmentation(**AUGMENTATIONS[name])  # type: ignore[arg-type]
     loader = TrainLoader(
         images(400), labels(400), batch_size=100, normalization=GREY, augmentation=augmentation, num_classes=10
@@ -64,14 +64,14 @@ def test_augmented_batches(name: str) -> None:
     assert {tensor.device for batch in rest for tensor in batch} == {CUDA}
 
 
-def test_batches_for_evaluation() -> None:
+def test_batches_for_evaluation_are_made_without_waiting() -> None:
     loader = EvalLoader(images(100), labels(100), batch_size=30, normalization=GREY, resize_to=48)
     with NothingWaits():
         assert [len(batch) for batch, _ in loader] == [30, 30, 30, 10]
 
 
 @pytest.mark.parametrize("ramp", [False, True])
-def test_the_moving_average(ramp: bool) -> None:
+def test_the_moving_average_is_updated_without_waiting(ramp: bool) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     average = averaged(model, 0.9, ramp=ramp, start=2)
     for network in (model, average.module):
@@ -97,7 +97,7 @@ class FakeFabric(SimpleNamespace):
 
 @pytest.mark.parametrize("method", ["sgd", "sam", "gsam", "msam"])
 @pytest.mark.parametrize("options", [{}, {"micro_batch": 8, "sync": "global"}, {"micro_batch": 8}], ids=str)
-def test_a_step_of_training(method: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_step_of_training_never_waits(method: str, options: dict[str, Any], tmp_path: Path) -> None:
     config = TrainConfig(
         method=method,  # type: ignore[arg-type]
         batch_size=32,

@@ -13,10 +13,10 @@ from flatmin.optim import Adaptive
 from flatmin.sharpness.counts import checked_count
 from flatmin.sharpness.interval import mean_and_half_width
 from flatmin.sharpness.loss_functions import LossFn
-from flatmin.sharpness.measure import Measure, NotFiniteError
+from flatmin.sharpness.measure import Measure, check_finite_loss
 from flatmin.sharpness.objective import LossOptions, Objective
 from flatmin.sharpness.random_vectors import gaussian
-from flatmin.sharpness.scaling import described, metric_of, scaling_at_weights
+from flatmin.sharpness.scaling import described, metric_of, scaled, scaling_at_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,14 +78,10 @@ def average_case(
     with objective.measuring():
         scaling = scaling_at_weights(metric_of(adaptive), objective)
         loss = objective.loss()
-        if not math.isfinite(loss):
-            raise NotFiniteError(f"the loss at the weights must be finite, got {loss}")
+        check_finite_loss(loss)
         for _ in range(num_draws):
             noise = sigma * gaussian(objective.num_params, objective.dtype, objective.device, generator)
-            steps = objective.unflatten(noise)
-            if scaling is not None:
-                steps = [step * t for step, t in zip(steps, scaling, strict=True)]
-            with objective.moved(steps):
+            with objective.moved(scaled(objective.unflatten(noise), scaling)):
                 rises.append(objective.loss() - loss)
     value, error = mean_and_half_width(rises)
     settings = {"sigma": sigma, "adaptive": described(adaptive), "num_draws": num_draws, "seed": seed}

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
+CONFIDENCE = 0.95
+
 
 def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
     """The mean of independent values and half the length of its 95 % confidence interval.
@@ -25,18 +27,18 @@ def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
     return sample.mean().item(), half_width
 
 
-def student_quantile(degrees: int, confidence: float = 0.95) -> float:
-    """The t for which ``P(|T| <= t) = confidence`` with Student's distribution of so many degrees of freedom.
+def student_quantile(degrees: int) -> float:
+    """The t for which ``P(|T| <= t) = 0.95`` with Student's distribution of so many degrees of freedom.
 
     >>> round(student_quantile(1), 3), round(student_quantile(10), 3), round(student_quantile(10**6), 3)
     (12.706, 2.228, 1.96)
     """
     low, high = 0.0, 1.0
-    while _within(high, degrees) < confidence:
+    while _within(high, degrees) < CONFIDENCE:
         high *= 2.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, degrees) < confidence else (low, middle)
+        low, high = (middle, high) if _within(middle, degrees) < CONFIDENCE else (low, middle)
     return high
 
 

@@ -14,6 +14,12 @@ class NotFiniteError(ValueError):
     """The loss or the Hessian at the weights is infinite or NaN."""
 
 
+def check_finite_loss(loss: float) -> None:
+    """Raise ``NotFiniteError`` for a loss at the weights from which no rise can be told."""
+    if not math.isfinite(loss):
+        raise NotFiniteError(f"the loss at the weights must be finite, got {loss}")
+
+
 @dataclass(frozen=True, eq=False)
 class Measure:
     """A measured quantity.

@@ -1,5 +1,7 @@
 """The scaling T of the weights in which neighbourhoods are measured: that of the optimizers."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from flatmin.optim import ActiveGroup, Adaptive, Identity, Metric, Space
@@ -24,6 +26,11 @@ def space_at_weights(metric: Metric, objective: Objective, rho: float = 1.0) -> 
 def scaling_at_weights(metric: Metric, objective: Objective) -> list[Tensor] | None:
     """T at the present weights, a tensor per chosen parameter that broadcasts to it; ``None`` stands for all ones."""
     return metric.scaling(space_at_weights(metric, objective))
+
+
+def scaled(steps: Sequence[Tensor], scaling: Sequence[Tensor] | None) -> list[Tensor]:
+    """``T eps``, elementwise, for ``steps`` of one tensor per chosen parameter."""
+    return list(steps) if scaling is None else [step * t for step, t in zip(steps, scaling, strict=True)]
 
 
 def described(adaptive: bool | Adaptive) -> str | bool:

@@ -14,10 +14,10 @@ from flatmin.optim import Adaptive, Ball
 from flatmin.sharpness.counts import checked_count
 from flatmin.sharpness.interval import mean_and_half_width
 from flatmin.sharpness.loss_functions import LossFn
-from flatmin.sharpness.measure import Measure, NotFiniteError
+from flatmin.sharpness.measure import Measure, check_finite_loss
 from flatmin.sharpness.objective import LossOptions, Objective
 from flatmin.sharpness.ranks import list_of_ranks
-from flatmin.sharpness.scaling import described, metric_of, scaling_at_weights, space_at_weights
+from flatmin.sharpness.scaling import described, metric_of, scaled, scaling_at_weights, space_at_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +101,7 @@ def worst_case(  # noqa: PLR0913 - each setting is one keyword
             raise ValueError(f"m must be at most the number of examples in a batch of the loader, got {m}")
     losses, peaks, passes = zip(*results, strict=True)
     for loss in losses:  # now that all ranks know of it: one that raised alone would leave the others waiting
-        if not math.isfinite(loss):
-            raise NotFiniteError(f"the loss at the weights must be finite, got {loss}")
+        check_finite_loss(loss)
     rises = tuple(peak - loss for peak, loss in zip(peaks, losses, strict=True))
     value, error = mean_and_half_width(rises)
     settings = {"rho": rho, "p": p, "adaptive": described(adaptive), "steps": steps, "restarts": restarts}
@@ -187,8 +186,7 @@ class _Ascent:
             drawn /= drawn.norm()
         else:
             drawn = 2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1
-        steps = objective.unflatten(self.rho * drawn)
-        return steps if scaling is None else [step * t for step, t in zip(steps, scaling, strict=True)]
+        return scaled(objective.unflatten(self.rho * drawn), scaling)
 
 
 def _visit(objective: Objective, perturbation: list[Tensor], *, needs_gradient: bool = True) -> _Point:

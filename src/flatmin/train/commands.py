@@ -18,7 +18,7 @@ from flatmin.train.config_file import config_to_yaml
 from flatmin.train.errors import UsageError, check_threads
 from flatmin.train.evaluate import evaluate
 from flatmin.train.images import Split, read_images
-from flatmin.train.launch import make_fabric
+from flatmin.train.launch import make_fabric, on_one_device
 from flatmin.train.loaders import eval_loader
 from flatmin.train.loop import train
 from flatmin.train.recipes import RECIPES, Recipe, find_recipe
@@ -66,9 +66,7 @@ def evaluate_command(arguments: list[str]) -> None:
     check_threads(asked.threads)
     config, model, step = load_run(asked.run)
     config = replace(config, data_dir=asked.data_dir or config.data_dir)
-    fabric = make_fabric(
-        replace(config, accelerator=asked.accelerator, threads=asked.threads, devices="1", num_nodes=1, strategy="auto")
-    )
+    fabric = make_fabric(on_one_device(config, accelerator=asked.accelerator, threads=asked.threads))
     batches = eval_loader(config, fabric, read_images(config), asked.split)
     evaluation = evaluate(fabric, fabric.setup_module(model), batches)
     table = Table("split", "images", "loss", "error", "top-5 error", title=f"{asked.run} after {step} steps")

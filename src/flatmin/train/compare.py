@@ -81,6 +81,7 @@ def compare_command(arguments: list[str]) -> None:
         name = "--method." if flag.startswith("--method.") else flag.split("=")[0]
         if name in OWN_FLAGS:
             raise UsageError(f"compare sets {flag} for each run: use {OWN_FLAGS[name]}")
+    check_arguments(own)
     radii, options = parsed_radii(own), parsed_options(own)
     configs = [config_from_arguments([*recipe, "--method", method, *fields], "compare") for method in own.methods]
     if (configs[0].devices, configs[0].num_nodes, configs[0].strategy) != ("1", 1, "auto"):
@@ -122,12 +123,8 @@ def train_arguments(config: TrainConfig, fields: Sequence[str]) -> list[str]:
     return ["train", config.recipe, *chosen, *fields, *threads]
 
 
-def parsed_radii(own: CompareArguments) -> dict[str, float]:
-    """Read ``--radius METHOD=VALUE ...`` and check the other arguments.
-
-    Raises:
-        UsageError: If an argument is outside its domain.
-    """
+def check_arguments(own: CompareArguments) -> None:
+    """Raise ``UsageError`` for methods given twice and numbers outside their domain."""
     if len(own.methods) < 1 or len(set(own.methods)) < len(own.methods):
         raise UsageError(f"methods must be one or more different ones, got {' '.join(own.methods)}")
     for name, number in (("seeds", own.seeds), ("workers", own.workers)):
@@ -135,6 +132,14 @@ def parsed_radii(own: CompareArguments) -> dict[str, float]:
             raise UsageError(f"{name} must be >= 1, got {number}")
     if own.rise_radius is not None and not own.rise_radius > 0.0:
         raise UsageError(f"rise_radius must be > 0, got {own.rise_radius}")
+
+
+def parsed_radii(own: CompareArguments) -> dict[str, float]:
+    """Read ``--radius METHOD=VALUE ...`` into the radius of each method.
+
+    Raises:
+        UsageError: If a method is not compared or has no radius, or the value is none.
+    """
     radii = {}
     for item in own.radius:
         method, _, value = item.partition("=")
@@ -157,14 +162,13 @@ def parsed_options(own: CompareArguments) -> dict[str, tuple[tuple[str, Any], ..
     for item in own.options:
         key, equals, text = item.partition("=")
         method, dot, name = key.partition(".")
+        message = f"options must look like looksam.interval=10, for a compared method, got {item}"
         if not (dot and equals) or method not in own.methods:
-            raise UsageError(f"options must look like looksam.interval=10, for a compared method, got {item}")
+            raise UsageError(message)
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise UsageError(
-                f"options must look like looksam.interval=10, for a compared method, got {item}"
-            ) from error
+            raise UsageError(message) from error
         texts.setdefault(method, {})[name.replace("-", "_")] = value
     try:
         return {method: canonical_options(method, typed_options(method, given)) for method, given in texts.items()}

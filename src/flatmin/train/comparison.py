@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean
 
-from flatmin.train.config import NEUTRAL_FIELDS, Method, TrainConfig
+from flatmin.train.config import Method, TrainConfig
+from flatmin.train.config_difference import NEUTRAL_FIELDS
 from flatmin.train.environment import software_versions
 from flatmin.train.journal import read_metrics
 from flatmin.train.methods import METHOD_NAMES

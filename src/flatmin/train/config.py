@@ -19,28 +19,10 @@ from flatmin.train.methods import Method, canonical_options, resolved_options
 from flatmin.train.models import ModelOptions, Norm, Shortcut
 from flatmin.train.schedule import Schedule
 
-__all__ = ["Accelerator", "Method", "RhoScheduleName", "TrainConfig", "differing_fields"]
+__all__ = ["Accelerator", "Method", "RhoScheduleName", "TrainConfig"]
 
 Accelerator = Literal["auto", "cpu", "cuda", "mps"]
 RhoScheduleName = Literal["constant", "lr", "warmup", "cosine"]
-
-# Where and how often to write, and when to stop: fields that leave every number of the run as it is.
-NEUTRAL_FIELDS = frozenset(
-    {
-        "output_dir",
-        "data_dir",
-        "num_workers",
-        "max_steps",
-        "max_epochs",
-        "progress_steps",
-        "wandb",
-        "wandb_project",
-        "dry_run",
-    }
-    | {"checkpoint_seconds", "checkpoint_every", "num_checkpoints", "keep_epochs"}
-    | {"sharpness_every", "sharpness_measures", "sharpness_budget", "sharpness_images", "sharpness_rho"}
-    | {"sharpness_m", "sharpness_batchnorm"}
-)
 
 
 @dataclass(frozen=True)
@@ -273,16 +255,3 @@ class TrainConfig:
         if name.startswith("method."):
             return resolved_options(self.method, self.method_options).get(name.removeprefix("method."))
         return getattr(self, name)
-
-
-def differing_fields(first: TrainConfig, second: TrainConfig) -> list[str]:
-    """Name the fields that differ and alter a run's numbers, each with both values."""
-    pairs = [(f.name, getattr(first, f.name), getattr(second, f.name)) for f in fields(TrainConfig)]
-    if first.method == second.method:
-        old, new = (resolved_options(config.method, config.method_options) for config in (first, second))
-        pairs += [(f"method.{name}", old[name], new[name]) for name in old]
-    return [
-        f"{name} {old} -> {new}"
-        for name, old, new in pairs
-        if name not in (*NEUTRAL_FIELDS, "method_options") and old != new
-    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flatmin.train.config import TrainConfig
 from flatmin.train.errors import TrainingError, one_line
 
-__all__ = ["forward", "make_fabric"]
+__all__ = ["forward", "make_fabric", "on_one_device"]
 
 
 def make_fabric(config: TrainConfig) -> Fabric:
@@ -47,6 +48,11 @@ def make_fabric(config: TrainConfig) -> Fabric:
         raise TrainingError(
             f"accelerator {config.accelerator} with devices {config.devices} must be on this machine: {one_line(error)}"
         ) from error
+
+
+def on_one_device(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """The configuration, with other ``changes``, for one device of this machine, however many the run trained on."""
+    return replace(config, devices="1", num_nodes=1, strategy="auto", **changes)
 
 
 def forward(fabric: Fabric, model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from flatmin.train.config import Accelerator, TrainConfig
 from flatmin.train.data import EvalLoader
 from flatmin.train.images import read_images
 from flatmin.train.label_file import write_labels
-from flatmin.train.launch import forward, make_fabric
+from flatmin.train.launch import forward, make_fabric, on_one_device
 from flatmin.train.loaders import eval_loader
 from flatmin.train.trained import load_run
 
@@ -61,7 +61,7 @@ def relabelled(run_dir: Path, config: TrainConfig) -> tuple[Tensor, Tensor]:
     References:
         Foret et al. (2021), arXiv:2010.01412, section 3.3 and Table 4.
     """
-    fabric = make_fabric(replace(config, devices="1", num_nodes=1, strategy="auto"))
+    fabric = make_fabric(on_one_device(config))
     model = fabric.setup_module(load_run(run_dir).model)
     loader = eval_loader(config, fabric, read_images(config), "train")
     return predicted_labels(fabric, model, loader), loader.labels.cpu()

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from flatmin.train.atomic_file import atomic_write
 from flatmin.train.checkpoint import checkpoint_paths
-from flatmin.train.config import TrainConfig, differing_fields
+from flatmin.train.config import TrainConfig
+from flatmin.train.config_difference import differing_fields
 from flatmin.train.config_file import config_to_yaml, load_run_config
 from flatmin.train.errors import DirectoryInUse, TrainingError
 from flatmin.train.summary import Summary

@@ -25,6 +25,9 @@ __all__ = ["Solution", "loss_picture", "loss_rises", "measured_solution"]
 Batch = tuple[Tensor, Tensor]
 BatchStatistics = Literal["batch", "running"]
 
+NUM_RISES = 20  # batches at most whose rise is averaged
+NUM_PICTURED = 6  # batches whose mean loss a picture shows; it has hundreds of points
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -74,7 +77,6 @@ def loss_rises(
     model: nn.Module,
     loader: TrainLoader,
     radii: Sequence[float],
-    max_batches: int = 20,
     *,
     batch_norm: BatchStatistics = "batch",
 ) -> list[float]:
@@ -87,13 +89,12 @@ def loss_rises(
         model: The network; left as it was.
         loader: Training batches; the first ones of its first epoch are used.
         radii: ``rho``, each an L2 norm over all parameters together.
-        max_batches: Use at most so many batches.
         batch_norm: Whose statistics batch normalisation uses: those of the batch, or the running ones.
 
     References:
         Foret et al. (2021), arXiv:2010.01412, section 4.1 (m-sharpness), with the maximum taken by one step (Eq. 2).
     """
-    rises = [_rises_of_batch(model, batch, radii, batch_norm) for batch in islice(loader.epoch(0), max_batches)]
+    rises = [_rises_of_batch(model, batch, radii, batch_norm) for batch in islice(loader.epoch(0), NUM_RISES)]
     means: list[float] = torch.stack(rises).mean(dim=0).tolist()
     return means
 
@@ -102,7 +103,6 @@ def loss_picture(
     model: nn.Module,
     loader: TrainLoader,
     positions: Sequence[float],
-    num_batches: int = 6,
     *,
     batch_norm: BatchStatistics = "batch",
 ) -> LossPicture:
@@ -115,10 +115,9 @@ def loss_picture(
         model: The network; left as it was.
         loader: Training batches; the first ones of its first epoch are used.
         positions: Coordinates along both directions, in fractions of each filter's length.
-        num_batches: How many batches the loss is the mean of.
         batch_norm: As in ``loss_rises``.
     """
-    batches = list(islice(loader.epoch(0), num_batches))
+    batches = list(islice(loader.epoch(0), NUM_PICTURED))
     params = list(model.parameters())
     generator = torch.Generator().manual_seed(0)
     losses = loss_on_plane(

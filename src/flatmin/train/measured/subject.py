@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from flatmin.train.data import EvalLoader
 from flatmin.train.errors import UsageError
 from flatmin.train.facts import facts_of, is_file_set
 from flatmin.train.images import Split, images_of_split, read_images, sample_of
-from flatmin.train.launch import make_fabric
+from flatmin.train.launch import make_fabric, on_one_device
 from flatmin.train.loaders import image_source
 from flatmin.train.trained import load_run
 
@@ -99,8 +99,8 @@ def subject_of_run(run_dir: Path, choice: ImageChoice, accelerator: Accelerator 
         TrainingError: There is no run, or no checkpoint of it, or it has no such split.
     """
     config, model, step = load_run(run_dir)
-    local = replace(config, accelerator=accelerator, devices="1", num_nodes=1, strategy="auto", threads=None)
-    local = replace(local, data_dir=choice.data_dir or config.data_dir)
+    data_dir = choice.data_dir or config.data_dir
+    local = on_one_device(config, accelerator=accelerator, threads=None, data_dir=data_dir)
     fabric = make_fabric(local)
     images, labels, num_train = read_split(local, fabric, choice)
     # In half precision small steps round away.

@@ -8,7 +8,8 @@ from functools import cached_property
 from typing import Any, get_args
 
 from flatmin.train.comparison import method_title
-from flatmin.train.config import NEUTRAL_FIELDS, Method, TrainConfig
+from flatmin.train.config import Method, TrainConfig
+from flatmin.train.config_difference import NEUTRAL_FIELDS
 from flatmin.train.pictures.landscape import Landscape
 from flatmin.train.report.runs import RunRecord
 

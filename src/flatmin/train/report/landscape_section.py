@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from flatmin.train.pictures.contours import draw_contours
 from flatmin.train.pictures.landscape import Landscape, common_range
 from flatmin.train.pictures.panels import colour_scale
-from flatmin.train.pictures.plotly_figures import surface
+from flatmin.train.pictures.plotly_surface import plotly_surface
 from flatmin.train.report.document import Section
 from flatmin.train.report.elements import data_table, figure, note
 from flatmin.train.report.plots import Surface, plot_scripts, turning_surfaces
@@ -39,7 +38,7 @@ def landscape_section(planes: Mapping[str, Landscape], caption: str) -> Section:
         for index, (name, plane) in enumerate(list(planes.items())[:NUM_CONTOURS])
     ]
     surfaces = [
-        Surface(name, _described(name, plane), _small(surface(plane.as_dict(), loss_range=common_range(alike[name]))))
+        Surface(name, _described(name, plane), plotly_surface(plane, common_range(alike[name])))
         for name, plane in planes.items()
     ]
     rows = [[name, *_numbers(plane)] for name, plane in planes.items()]
@@ -54,14 +53,6 @@ def landscape_section(planes: Mapping[str, Landscape], caption: str) -> Section:
 def _of_same_directions(plane: Landscape, planes: Mapping[str, Landscape]) -> list[Landscape]:
     """Those that a landscape can be compared with, and shares its scale with."""
     return [other for other in planes.values() if other.directions == plane.directions]
-
-
-def _small(drawn: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what has no room beside a surface on a phone: the colour bar (the height says it) and long titles."""
-    scene = drawn["layout"]["scene"]
-    for axis, title in (("xaxis", "First"), ("yaxis", "Second"), ("zaxis", "Loss")):
-        scene[axis] = scene.get(axis, {}) | {"title": {"text": title}}
-    return drawn | {"data": [trace | {"showscale": False} for trace in drawn["data"]]}
 
 
 def _numbers(plane: Landscape) -> list[str]:

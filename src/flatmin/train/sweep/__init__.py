@@ -4,7 +4,8 @@ A sweep has *contenders*, the rows of its table: a method, at a budget, on a tas
 the grid. Runs with the search seeds choose a candidate for every contender on the validation split; runs of the chosen
 ones with the final seeds, on all training images, are what the table reports on the test set.
 
-    grid.py         what was asked for, as configurations
+    arguments.py    what was asked for, as a plan
+    grid.py         the points of the grid, as configurations
     contenders.py   the rows of the table and the runs that each needs
     halving.py      which candidate to train how far
     schedule.py     which run is next, from the grid to the last final seed

@@ -10,7 +10,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from flatmin.train.config import NEUTRAL_FIELDS, Method, TrainConfig
+from flatmin.train.config import Method, TrainConfig
+from flatmin.train.config_difference import NEUTRAL_FIELDS
 from flatmin.train.errors import UsageError
 from flatmin.train.methods import METHOD_NAMES, reads_field
 from flatmin.train.sweep.grid import Grid

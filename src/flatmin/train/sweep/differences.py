@@ -32,11 +32,6 @@ class PairedDifference:
     estimate: Estimate
     needed_seeds: int | None
 
-    @property
-    def is_shown(self) -> bool:
-        """Whether the interval excludes zero."""
-        return abs(self.estimate.mean) > self.estimate.half_width
-
 
 def paired_difference(
     values: Sequence[float], baseline_values: Sequence[float], claim: float | None = None

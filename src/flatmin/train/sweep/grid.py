@@ -11,7 +11,8 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from flatmin.choices import check_choice
-from flatmin.train.config import NEUTRAL_FIELDS, Method, TrainConfig
+from flatmin.train.config import Method, TrainConfig
+from flatmin.train.config_difference import NEUTRAL_FIELDS
 from flatmin.train.config_file import typed_value
 from flatmin.train.errors import UsageError
 from flatmin.train.methods import METHODS, option_types, reads_field

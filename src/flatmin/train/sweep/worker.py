@@ -16,7 +16,7 @@ from flatmin.train.loop import train
 from flatmin.train.run import finished_summary
 from flatmin.train.summary import Summary
 
-__all__ = ["finished_run", "num_tries", "run_trial"]
+__all__ = ["finished_run", "run_trial"]
 
 RELEASE_SECONDS = 120.0  # how long a process that was told to end may still hold the directory of its run
 
@@ -34,7 +34,7 @@ def run_trial(config: TrainConfig, *, keep_checkpoints: bool = False) -> Summary
     if not config.run_dir.parent.is_dir():
         raise TrainingError(f"{platform.node()} does not see {config.run_dir.parent}: nodes must share --output-dir")
     config.run_dir.mkdir(exist_ok=True)
-    with _tries_file(config).open("a") as file:
+    with (config.run_dir / "tries.jsonl").open("a") as file:
         file.write(json.dumps({"host": platform.node(), "pid": os.getpid(), "time": time.time()}) + "\n")
     summary = _train_when_free(config)
     if config.max_epochs is not None:
@@ -56,12 +56,6 @@ def finished_run(config: TrainConfig) -> Summary | None:
     return summary if summary is None or config.max_epochs is None or summary.complete else None
 
 
-def num_tries(config: TrainConfig) -> int:
-    """Return how often the run was started."""
-    path = _tries_file(config)
-    return len(path.read_text().splitlines()) if path.exists() else 0
-
-
 def _train_when_free(config: TrainConfig) -> Summary:
     deadline = time.monotonic() + RELEASE_SECONDS
     while True:
@@ -71,10 +65,6 @@ def _train_when_free(config: TrainConfig) -> Summary:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.5)
-
-
-def _tries_file(config: TrainConfig) -> Path:
-    return config.run_dir / "tries.jsonl"
 
 
 def _rung_file(config: TrainConfig) -> Path:

@@ -11,7 +11,10 @@ from torch.nn.functional import cross_entropy
 import flatmin
 import flatmin.compat
 from doors import everything, through_closure, through_context, through_two_steps, train
-from flatmin.optim import Combine, CosineToZero, SharpnessAware, WarmUp
+from flatmin.optim import Combine, CosineToZero, Every, SharpnessAware, WarmUp
+from flatmin.optim.corrections import Corrections
+from flatmin.optim.diagnostics import Diagnostics
+from flatmin.optim.memory import Memory
 from problems import batches, tiny_network
 
 
@@ -353,6 +356,45 @@ def test_a_radius_of_zero_does_not_count_as_perturbed():
     optimizer.param_groups[0]["rho"] = 0.1
     train(optimizer, model, range(2, 5))
     assert (optimizer.diagnostics.num_steps, optimizer.diagnostics.num_perturbed_steps) == (5, 3)
+
+
+def test_diagnostics_of_a_plain_step_forget_the_perturbed_one():
+    model = tiny_network()
+    optimizer = SharpnessAware(_sgd(model), 0.1, model=model, when=Every(2), diagnostics=True)
+    of_second_pass = {"loss_rise", "cosine", "perturbed_gradient_norm", "perturbation_norm"}
+    for step in range(4):
+        train(optimizer, model, range(step, step + 1))
+        known = {name for name, value in optimizer.diagnostics.as_dict().items() if not name.startswith("num_")}
+        assert known == {"loss", "gradient_norm"} | (of_second_pass if step % 2 == 0 else set())
+
+
+def test_the_cosine_of_long_gradients_is_one_where_they_agree():
+    weights = nn.Parameter(torch.ones(2))
+    optimizer = flatmin.SAM(torch.optim.SGD([weights], lr=0.0), diagnostics=True)
+    through_closure(optimizer, lambda: 1e25 * weights.sum())  # the product of the lengths is beyond float32
+    assert optimizer.diagnostics.as_dict()["cosine"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("is_taken", [True, False])
+def test_what_follows_a_step_that_the_device_decided_on_follows_its_decision(is_taken):
+    """Where the host does not know whether the base has taken its step: counts, state and what comes after it."""
+    params = [nn.Parameter(torch.full((2,), value)) for value in (1.0, 2.0)]
+    base = torch.optim.SGD(params, lr=0.5)
+    decision = torch.tensor(is_taken)
+    diagnostics, memory, corrections = Diagnostics(), Memory(base), Corrections()
+    diagnostics.count(True, decision)
+    assert int(diagnostics.num_skipped_steps) == (not is_taken)
+
+    base.state[params[0]]["seen"] = torch.full((2,), 3.0)
+    for param in params:
+        memory.remember(param, "seen", torch.full((2,), 7.0))
+    memory.commit(decision, params)
+    assert [base.state[param]["seen"][0].item() for param in params] == ([7.0, 7.0] if is_taken else [3.0, 0.0])
+
+    corrections.add(params, [torch.full((2,), 4.0), torch.full((2,), 6.0)], None, is_unscaled=True)
+    with torch.no_grad():
+        corrections.follow_(base.param_groups, decision, None)
+    assert [param[0].item() for param in params] == ([-1.0, -1.0] if is_taken else [1.0, 2.0])
 
 
 def test_diagnostics_of_a_zero_gradient_are_zero():

@@ -139,6 +139,16 @@ def test_complex_parameters_are_perturbed_as_pairs_of_reals():
     torch.testing.assert_close(weights.detach(), start - 2 * moved)
 
 
+def test_complex_parameters_follow_the_base_step_as_pairs_of_reals():
+    """WSAM, whose sharpness term is added to the weights themselves."""
+    start = torch.tensor([3 + 4j, 0 - 5j], dtype=torch.complex128)
+    weights = nn.Parameter(start.clone())
+    optimizer = flatmin.WSAM(torch.optim.SGD([weights], lr=0.1), 0.5, gamma=0.6)
+    through_closure(optimizer, lambda: (weights * weights.conj()).real.sum())
+    eps = 0.5 * start / torch.view_as_real(start).norm()
+    torch.testing.assert_close(weights.detach(), start - 0.1 * (2 * start + 1.5 * 2 * eps))
+
+
 @pytest.mark.parametrize("shape", [(6,), (3, 4)], ids=["vector", "matrix"])
 @pytest.mark.parametrize("kind", ["centralised", "matrices"])
 def test_complex_parameters_have_their_own_number_of_dimensions(kind, shape):

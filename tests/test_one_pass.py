@@ -223,15 +223,16 @@ def test_weights_loaded_after_the_optimizer_are_perturbed_before_their_first_gra
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 @pytest.mark.parametrize("is_shown", [True, False], ids=["inside", "at rest"])
-def test_files_of_torch_distributed_checkpoint_resume_if_saved_inside_unperturbed(is_shown, tmp_path):
+@pytest.mark.parametrize("method", [METHODS["MSAM"], METHODS["stale"]], ids=["MSAM", "stale"])
+def test_files_of_torch_distributed_checkpoint_resume_if_saved_inside_unperturbed(method, is_shown, tmp_path):
     """The page says so; files that were saved at rest have lost w."""
-    model, optimizer = made(METHODS["MSAM"])
+    model, optimizer = made(method)
     model.unused.requires_grad_(False)
     run(optimizer, model, range(4))
     with optimizer.unperturbed() if is_shown else nullcontext():
         model_state, optimizer_state = get_state_dict(model, optimizer)
         checkpoint.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=tmp_path)
-    resumed, resumed_optimizer = made(METHODS["MSAM"], seed=1)
+    resumed, resumed_optimizer = made(method, seed=1)
     resumed.unused.requires_grad_(False)
     model_state, optimizer_state = get_state_dict(resumed, resumed_optimizer)
     checkpoint.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=tmp_path)

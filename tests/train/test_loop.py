@@ -428,6 +428,16 @@ def test_max_steps_stops_in_the_middle_of_an_epoch_with_a_summary(config: TrainC
     assert saved["eval_error_percent"] == summary.eval_error_percent
 
 
+def test_run_that_is_beyond_its_limit_takes_no_step_and_tells_where_it_is(config: TrainConfig) -> None:
+    """Killed after its checkpoint and before its summary, and started again with a lower limit."""
+    train(replace(config, max_steps=4))
+    before = final_weights(config)
+    (config.run_dir / "summary.json").unlink()
+    summary = train(replace(config, max_steps=2))
+    assert (summary.steps, summary.complete) == (4, False)
+    assert all(torch.equal(value, before[name]) for name, value in final_weights(config).items())
+
+
 def test_summary_of_fewer_steps_is_gone_while_the_run_goes_on(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

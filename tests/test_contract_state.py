@@ -5,7 +5,13 @@ import io
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 
 from doors import everything, train
 from optimizers import TABLE, built, needs_all_moved
@@ -92,6 +98,28 @@ def test_torch_distributed_checkpoint_resumes_bit_for_bit(row, base):
     resumed_optimizer = row.build(BASES[base](resumed.parameters()), resumed, 0.7)
     saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
     set_optimizer_state_dict(resumed, resumed_optimizer, saved)
+    train(optimizer, model, range(4, 8))
+    train(resumed_optimizer, resumed, range(4, 8))
+    assert torch.equal(everything(resumed), everything(model))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_files_of_torch_distributed_checkpoint_hold_what_a_method_remembers(row, tmp_path):
+    """They are read into the state of a fresh optimizer, which must have every entry before its first step."""
+    if not row.kept:
+        pytest.skip("keeps nothing of its own")
+    model = tiny_network()
+    optimizer = row.build(BASES["sgd-momentum"](model.parameters()), model)
+    model.unused.requires_grad_(False)
+    train(optimizer, model, range(4))
+    model_state, state = get_state_dict(model, optimizer)
+    checkpoint.save({"model": model_state, "optimizer": state}, checkpoint_id=tmp_path)
+    resumed = tiny_network(seed=1)
+    resumed.unused.requires_grad_(False)
+    resumed_optimizer = row.build(BASES["sgd-momentum"](resumed.parameters()), resumed)
+    model_state, state = get_state_dict(resumed, resumed_optimizer)
+    checkpoint.load({"model": model_state, "optimizer": state}, checkpoint_id=tmp_path)
+    set_state_dict(resumed, resumed_optimizer, model_state_dict=model_state, optim_state_dict=state)
     train(optimizer, model, range(4, 8))
     train(resumed_optimizer, resumed, range(4, 8))
     assert torch.equal(everything(resumed), everything(model))

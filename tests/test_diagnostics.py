@@ -6,6 +6,7 @@ from torch import nn
 
 import flatmin
 from doors import through_closure, train
+from flatmin.optim import Every, SharpnessAware
 from optimizers import sgd
 from problems import tiny_network
 
@@ -47,3 +48,20 @@ def test_diagnostics_of_a_zero_gradient_are_zero():
     through_closure(optimizer, lambda: 0 * weights.sum())
     values = optimizer.diagnostics.as_dict()
     assert (values["cosine"], values["perturbation_norm"], values["gradient_norm"]) == (0.0, 0.0, 0.0)
+
+
+def test_diagnostics_of_a_plain_step_forget_the_perturbed_one():
+    model = tiny_network()
+    optimizer = SharpnessAware(sgd(model.parameters()), 0.1, model=model, when=Every(2), diagnostics=True)
+    of_second_pass = {"loss_rise", "cosine", "perturbed_gradient_norm", "perturbation_norm"}
+    for step in range(4):
+        train(optimizer, model, range(step, step + 1))
+        known = {name for name, value in optimizer.diagnostics.as_dict().items() if not name.startswith("num_")}
+        assert known == {"loss", "gradient_norm"} | (of_second_pass if step % 2 == 0 else set())
+
+
+def test_the_cosine_of_long_gradients_is_one_where_they_agree():
+    weights = nn.Parameter(torch.ones(2))
+    optimizer = flatmin.SAM(torch.optim.SGD([weights], lr=0.0), diagnostics=True)
+    through_closure(optimizer, lambda: 1e25 * weights.sum())  # the product of the lengths is beyond float32
+    assert optimizer.diagnostics.as_dict()["cosine"] == pytest.approx(1.0)

@@ -1,6 +1,7 @@
 """What single methods promise beyond the contract."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -31,6 +32,50 @@ def test_the_default_pieces_are_sam():
     train(composed, one)
     train(named, other)
     assert torch.equal(everything(one), everything(other))
+
+
+PUBLISHED = {  # the numbers that the docstrings trace to papers and authors' codes; LESAM's are ours, as it says
+    "SAM": {"rho": 0.05, "p": 2.0},
+    "ASAM": {"rho": 0.5, "eta": 0.01, "p": 2.0},
+    "FisherSAM": {"rho": 0.1, "eta": 0.1},
+    "LayerSAM": {"rho": 0.1},
+    "SAMON": {"rho": 0.5, "eta": 0.01},
+    "USAM": {"rho": 0.05, "share": 0.0},
+    "LESAM": {"rho": 0.5, "sigma": 0.05, "delta": 1e-12, "decay_start": 0.0},
+    "ZSharp": {"rho": 0.05, "quantile": 0.95},
+    "GSAM": {"rho": 0.05, "alpha": 0.4},
+    "GNP": {"rho": 0.1, "alpha": 0.8},
+    "WSAM": {"rho": 0.05, "gamma": 0.9},
+    "StableSAM": {"rho": 0.05},
+    "VaSSO": {"rho": 0.05, "theta": 0.9},
+    "FriendlySAM": {"rho": 0.2, "sigma": 1.0, "lmbda": 0.6},
+    "LookSAM": {"rho": 0.1, "interval": 5, "alpha": 0.7},
+    "AESAM": {"rho": 0.05, "decay": 0.9, "c_start": 1.0, "c_end": -1.0},
+    "RST": {"rho": 0.05, "probability": 0.5},
+    "LateSAM": {"rho": 0.05, "start": 1 - 25 / 200},
+    "MSAM": {"rho": 3.0},
+    "AdaptiveMSAM": {"rho": 3.0, "eta": 0.01},
+    "BSAM": {"lr": 0.5, "rho": 0.01, "weight_decay": 1e-4, "damping": 0.1, "initial_precision": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_defaults_are_the_published_numbers(name):
+    signature = inspect.signature(getattr(flatmin, name)).parameters
+    numbers = {key: each.default for key, each in signature.items() if isinstance(each.default, int | float)}
+    switches = {key for key, value in numbers.items() if isinstance(value, bool) or key == "seed"}
+    assert {key: value for key, value in numbers.items() if key not in switches} == PUBLISHED[name]
+    assert not any(numbers[key] for key in switches - {"decouple"})
+    assert numbers.get("decouple", True)  # as the paper advises
+
+
+def test_every_named_method_has_published_numbers():
+    methods = {
+        name
+        for name in flatmin.__all__
+        if inspect.isclass(each := getattr(flatmin, name)) and issubclass(each, torch.optim.Optimizer)
+    }
+    assert methods - {"SharpnessAware", "OnePass"} == set(PUBLISHED)
 
 
 class _Never:
@@ -137,6 +182,16 @@ def test_complex_parameters_are_perturbed_as_pairs_of_reals():
     through_closure(optimizer, lambda: (weights * weights.conj()).real.sum())
     moved = start + 0.5 * start / torch.view_as_real(start).norm()
     torch.testing.assert_close(weights.detach(), start - 2 * moved)
+
+
+def test_complex_parameters_follow_the_base_step_as_pairs_of_reals():
+    """WSAM, whose sharpness term is added to the weights themselves."""
+    start = torch.tensor([3 + 4j, 0 - 5j], dtype=torch.complex128)
+    weights = nn.Parameter(start.clone())
+    optimizer = flatmin.WSAM(torch.optim.SGD([weights], lr=0.1), 0.5, gamma=0.6)
+    through_closure(optimizer, lambda: (weights * weights.conj()).real.sum())
+    eps = 0.5 * start / torch.view_as_real(start).norm()
+    torch.testing.assert_close(weights.detach(), start - 0.1 * (2 * start + 1.5 * 2 * eps))
 
 
 @pytest.mark.parametrize("shape", [(6,), (3, 4)], ids=["vector", "matrix"])

@@ -19,7 +19,17 @@ from torch.nn.functional import cross_entropy
 
 import flatmin
 from doors import everything
-from flatmin.optim import Ball, BaseMomentum, Filtered, Gradient, LayerBall, RandomDirection, StaleGradient, Window
+from flatmin.optim import (
+    Ball,
+    BaseMomentum,
+    Filtered,
+    Gradient,
+    LayerBall,
+    RandomDirection,
+    StaleGradient,
+    WarmUp,
+    Window,
+)
 from flatmin.optim.filters import Centralised
 from problems import batches, tiny_network
 
@@ -132,6 +142,9 @@ def test_the_step_length_is_rho(method):
 def test_looking_at_the_true_weights_leaves_no_trace(method, dtype):
     model, optimizer = made(method, dtype=dtype)
     other, undisturbed = made(method, dtype=dtype)
+    with optimizer.unperturbed():
+        pass  # before the first step they are at home, whatever the direction is
+    assert torch.equal(everything(model), everything(other))
     for step in range(6):
         run(optimizer, model, range(step, step + 1))
         before = everything(model)
@@ -174,6 +187,7 @@ def test_a_state_that_has_lost_the_true_weights_is_refused():
     model, optimizer = made(METHODS["MSAM"])
     run(optimizer, model, range(2))
     state = optimizer.state_dict()
+    assert [state["param_groups"][0]["is_perturbed"], optimizer.param_groups[0]["is_perturbed"]] == [True, False]
     for entry in state["state"].values():
         entry.pop("true_weights", None)
     with pytest.raises(ValueError, match="has lost w"):
@@ -223,15 +237,16 @@ def test_weights_loaded_after_the_optimizer_are_perturbed_before_their_first_gra
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 @pytest.mark.parametrize("is_shown", [True, False], ids=["inside", "at rest"])
-def test_files_of_torch_distributed_checkpoint_resume_if_saved_inside_unperturbed(is_shown, tmp_path):
+@pytest.mark.parametrize("method", [METHODS["MSAM"], METHODS["stale"]], ids=["MSAM", "stale"])
+def test_files_of_torch_distributed_checkpoint_resume_if_saved_inside_unperturbed(method, is_shown, tmp_path):
     """The page says so; files that were saved at rest have lost w."""
-    model, optimizer = made(METHODS["MSAM"])
+    model, optimizer = made(method)
     model.unused.requires_grad_(False)
     run(optimizer, model, range(4))
     with optimizer.unperturbed() if is_shown else nullcontext():
         model_state, optimizer_state = get_state_dict(model, optimizer)
         checkpoint.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=tmp_path)
-    resumed, resumed_optimizer = made(METHODS["MSAM"], seed=1)
+    resumed, resumed_optimizer = made(method, seed=1)
     resumed.unused.requires_grad_(False)
     model_state, optimizer_state = get_state_dict(resumed, resumed_optimizer)
     checkpoint.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=tmp_path)
@@ -314,6 +329,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step(method, base):
     model.last.weight.grad[0, 0] = torch.inf
     optimizer.step()
     assert optimizer.diagnostics.as_dict()["num_skipped_steps"] == 1
+    assert optimizer.param_groups[0]["num_steps"] == 3
     names = ("momentum_buffer", "exp_avg", "stale_gradient")
     for index, entry in optimizer.state_dict()["state"].items():
         assert all(
@@ -364,8 +380,10 @@ def test_errors_say_what_is_wrong():
     with pytest.raises(RuntimeError, match="backward\\(\\) must run before each step"):
         optimizer.step()
     run(optimizer, model, range(1))
-    with pytest.raises(RuntimeError, match="backward\\(\\) must run before each step"):
-        optimizer.step()
+    for clears in (lambda: None, lambda: optimizer.zero_grad(set_to_none=False), optimizer.zero_grad):
+        clears()
+        with pytest.raises(RuntimeError, match="backward\\(\\) must run before each step"):
+            optimizer.step()
     with optimizer.unperturbed(), pytest.raises(RuntimeError, match="must not be called inside unperturbed"):
         optimizer.step()
     params = list(tiny_network().parameters())
@@ -383,6 +401,46 @@ def test_errors_say_what_is_wrong():
         flatmin.MSAM(torch.optim.SGD(params, lr=0.1))
     with pytest.raises(ValueError, match="rho must be >= 0"):
         flatmin.MSAM(base, -1.0)
+    groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "eta": -1.0}]
+    with pytest.raises(ValueError, match="eta must be >= 0 and finite, got -1.0"):
+        flatmin.AdaptiveMSAM(torch.optim.SGD(groups, lr=0.1, momentum=0.9))
+
+
+def test_a_state_that_is_loaded_while_the_true_weights_are_on_show_leaves_them_there():
+    model, optimizer = made(METHODS["MSAM"])
+    run(optimizer, model, range(3))
+    state, rests = copy.deepcopy(optimizer.state_dict()), everything(model)
+    with optimizer.unperturbed():
+        true = everything(model)
+        optimizer.load_state_dict(state)
+        assert torch.equal(everything(model), true)
+        assert not torch.equal(true, rests)
+    assert torch.equal(everything(model), rests)
+
+
+def test_a_schedule_sets_the_radius_of_the_way_out():
+    model, optimizer = made(METHODS["MSAM"], dtype=torch.float64, rho_schedule=WarmUp(4))
+    for step in range(6):
+        run(optimizer, model, range(step, step + 1))
+        rests = torch.cat([param.detach().flatten() for param in model.parameters()])
+        with optimizer.unperturbed():
+            eps = rests - torch.cat([param.detach().flatten() for param in model.parameters()])
+        assert eps.norm().item() == pytest.approx(0.3 * min((step + 1) / 4, 1.0))
+
+
+def test_narrow_weights_are_rounded_anew_in_each_step():
+    weights = torch.nn.Parameter(torch.linspace(1.0, 2.0, 500).bfloat16())
+    optimizer = flatmin.OnePass(torch.optim.SGD([weights], lr=0.0), 0.02, direction=StaleGradient())
+    rests = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        weights.sum().backward()
+        optimizer.step()
+        rests.append(weights.detach().clone())
+    assert not torch.equal(*rests)  # the same w and the same eps
+    with optimizer.unperturbed():
+        pass
+    assert torch.equal(weights, rests[1])  # control: the same step
 
 
 def test_weights_that_are_loaded_while_others_rest_count_as_true():

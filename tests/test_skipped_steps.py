@@ -7,6 +7,9 @@ from torch.nn.functional import cross_entropy
 
 import flatmin
 from doors import everything, through_closure
+from flatmin.optim.corrections import Corrections
+from flatmin.optim.diagnostics import Diagnostics
+from flatmin.optim.memory import Memory
 from optimizers import sgd
 from problems import batches
 
@@ -98,3 +101,25 @@ def test_a_skipped_first_step_leaves_no_trace_in_the_momentum_of_a_fused_sgd(met
 def _backward(loss):
     loss.backward()
     return loss
+
+
+@pytest.mark.parametrize("is_taken", [True, False])
+def test_what_follows_a_step_that_the_device_decided_on_follows_its_decision(is_taken):
+    """Where the host does not know whether the base has taken its step: counts, state and what comes after it."""
+    params = [nn.Parameter(torch.full((2,), value)) for value in (1.0, 2.0)]
+    base = torch.optim.SGD(params, lr=0.5)
+    decision = torch.tensor(is_taken)
+    diagnostics, memory, corrections = Diagnostics(), Memory(base), Corrections()
+    diagnostics.count(True, decision)
+    assert int(diagnostics.num_skipped_steps) == (not is_taken)
+
+    base.state[params[0]]["seen"] = torch.full((2,), 3.0)
+    for param in params:
+        memory.remember(param, "seen", torch.full((2,), 7.0))
+    memory.commit(decision, params)
+    assert [base.state[param]["seen"][0].item() for param in params] == ([7.0, 7.0] if is_taken else [3.0, 0.0])
+
+    corrections.add(params, [torch.full((2,), 4.0), torch.full((2,), 6.0)], None, is_unscaled=True)
+    with torch.no_grad():
+        corrections.follow_(base.param_groups, decision, None)
+    assert [param[0].item() for param in params] == ([-1.0, -1.0] if is_taken else [1.0, 2.0])

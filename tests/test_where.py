@@ -7,7 +7,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_d
 
 import flatmin
 from doors import through_closure
-from problems import batches, tiny_network
+from problems import batches, quadratic, tiny_network
 
 
 def _network():
@@ -157,3 +157,16 @@ def test_groups_of_another_model_and_samon_without_groups_are_refused():
         flatmin.param_groups(_network(), "norm", [{"params": [nn.Parameter(torch.ones(1))]}])
     with pytest.raises(ValueError, match="base must have groups with perturb=False"):
         flatmin.SAMON(torch.optim.SGD(_network().parameters(), lr=0.1))
+
+
+def test_the_unit_gradient_is_blended_in_where_the_perturbation_is():
+    """GNP by its authors' code: ``(1 - alpha) g / ||g|| + alpha g_p``, and g itself in a group that stays."""
+    curvature = torch.diag(torch.tensor([4.0, 1.0, 2.0], dtype=torch.float64))
+    moved, still = (nn.Parameter(torch.tensor(w, dtype=torch.float64)) for w in ([1.0, -2.0], [0.5]))
+    groups = [{"params": [moved]}, {"params": [still], "perturb": False}]
+    optimizer = flatmin.GNP(torch.optim.SGD(groups, lr=0.0), 0.7, alpha=0.3, unit_clean=True)
+    through_closure(optimizer, lambda: quadratic(curvature, torch.cat([moved, still])))
+    g = torch.tensor([4.0, -2.0, 1.0], dtype=torch.float64)
+    g_p = g + 0.7 * torch.tensor([4.0 * 4.0, -2.0, 0.0], dtype=torch.float64) / g[:2].norm()
+    torch.testing.assert_close(moved.grad, 0.7 * g[:2] / g.norm() + 0.3 * g_p[:2], rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(still.grad, g[2:], rtol=1e-12, atol=0.0)

@@ -98,6 +98,17 @@ def test_copies_are_found_where_the_krylov_space_ends(diagonal: list[float]) -> 
     assert result.num_products <= 12
 
 
+@pytest.mark.parametrize("scale", [1e-14, 1.0, 1e14])
+def test_eigenvalues_grow_with_the_matrix(scale: float) -> None:
+    """What counts as exhausted, or as rounding, is relative."""
+    matrix = symmetric(12)
+    exact = torch.linalg.eigvalsh(matrix).flip(0)
+    result = of_matrix(scale * matrix, 4, tolerance=1e-8)
+    assert result.eigenvalues == pytest.approx((scale * exact[:4]).tolist(), rel=1e-9)
+    assert all(result.converged)
+    assert result.num_products <= 12 + 4  # the space is no larger than the matrix
+
+
 def test_finite_differences_find_the_same_eigenvalues() -> None:
     model = smooth_network()
     exact = torch.linalg.eigvalsh(dense_hessian(model, pairs())).flip(0)[:3]

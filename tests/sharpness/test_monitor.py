@@ -1,6 +1,7 @@
 """The budget of a monitor, on a clock that tests turn, and its values."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,6 +118,19 @@ def test_what_is_not_finite_or_has_no_fifth_eigenvalue_is_nan() -> None:
     values = SharpnessMonitor(("eigenvalues",)).measure(small, quadratic_loss, ONE_BATCH)
     assert values["lambda_1"] == pytest.approx(3.0, rel=1e-4)
     assert math.isnan(values["lambda_1_over_lambda_5"])
+
+
+@pytest.mark.parametrize("last_converged", [4, 3, 0])
+def test_an_eigenvalue_that_has_not_converged_is_nan(last_converged: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    converged = tuple(index < last_converged for index in range(5))
+    found = hessian_eigenvalues(Quadratic(torch.diag(torch.arange(1.0, 8.0))), quadratic_loss, ONE_BATCH, 5)
+    monkeypatch.setattr(monitor, "hessian_eigenvalues", lambda *_, **__: replace(found, converged=converged))
+    values = SharpnessMonitor(("eigenvalues",)).measure(smooth_network(), LOSS, pairs())
+    assert math.isnan(values["lambda_1"]) == (last_converged == 0)
+    assert math.isnan(values["lambda_1_over_lambda_5"])
+    monkeypatch.setattr(monitor, "hessian_eigenvalues", lambda *_, **__: found)
+    values = SharpnessMonitor(("eigenvalues",)).measure(smooth_network(), LOSS, pairs())
+    assert values == {"lambda_1": found.value, "lambda_1_over_lambda_5": found.ratio()}  # control
 
 
 @pytest.mark.parametrize(

@@ -8,19 +8,23 @@ import pytest
 import torch
 from known import (
     ONE_BATCH,
+    Quadratic,
     batch_norm_network,
     cross_entropy,
     dense_hessian,
     flat,
     like_params,
     pairs,
+    quadratic_loss,
     smooth_network,
+    symmetric,
 )
 from oracle import allow_torchs_own_warning, curvlinops_hessian
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from flatmin.sharpness import average_case, hessian_trace, hessian_vector_product, worst_case
+from flatmin.sharpness.objective import Objective
 from flatmin.sharpness.selection import select_params
 
 
@@ -299,3 +303,54 @@ def test_data_that_cannot_be_measured_are_refused() -> None:
         hessian_vector_product(model, cross_entropy, pairs(), vector[:1])
     with pytest.raises(TypeError, match=r"a batch must be \(inputs, targets\)"):
         hessian_vector_product(model, nn.CrossEntropyLoss(), ONE_BATCH, vector)
+
+
+@pytest.mark.parametrize("size", [0.1, 10.0])
+@pytest.mark.parametrize("length", [1e-6, 1.0, 1e6])
+def test_finite_differences_go_as_far_as_is_said(size: float, length: float) -> None:
+    """``w +- h v`` with ``h ||v|| = sqrt(precision) max(||w||, 1)``, whatever the length of v."""
+    places = []
+
+    def seen(model: Quadratic, batch: torch.Tensor) -> torch.Tensor:
+        places.append(model.weights.detach().clone())
+        return quadratic_loss(model, batch)
+
+    matrix, unit = symmetric(4), torch.full((4,), 0.5).double()
+    model = Quadratic(matrix, weights=size * unit)
+    product = hessian_vector_product(model, seen, ONE_BATCH, [length * unit], hvp="finite_differences")
+    step = 2.0**-26 * max(size, 1.0)
+    found = torch.stack([place - size * unit for place in places])
+    torch.testing.assert_close(found, torch.stack([step * unit, -step * unit]), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(product[0], length * (matrix @ unit), rtol=1e-6, atol=1e-6 * length)
+
+
+def test_finite_difference_along_nothing_is_nothing() -> None:
+    model = Quadratic(symmetric(4), weights=torch.ones(4).double())
+    zero = hessian_vector_product(model, quadratic_loss, ONE_BATCH, [torch.zeros(4).double()], hvp="finite_differences")
+    assert zero[0].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("dtypes", [("float64", "float32"), ("float32", "float64"), ("float32", "bfloat16")], ids=str)
+def test_vectors_are_as_wide_as_the_widest_parameter_and_steps_suit_the_narrowest(dtypes: tuple[str, str]) -> None:
+    model = nn.ParameterList([nn.Parameter(torch.full((2,), 0.5, dtype=getattr(torch, name))) for name in dtypes])
+    places = []
+
+    def seen(model: nn.ParameterList, batch: torch.Tensor) -> torch.Tensor:
+        places.append([param.detach().clone() for param in model])
+        return sum(param.double().square().sum() for param in model)
+
+    objective = Objective(model, seen, ONE_BATCH)
+    widths = [torch.finfo(getattr(torch, name)).bits for name in dtypes]
+    assert torch.finfo(objective.dtype).bits == max(widths)
+    along = [torch.ones_like(param) for param in model]
+    product = hessian_vector_product(model, seen, ONE_BATCH, along, hvp="finite_differences")
+    torch.testing.assert_close([x.double() for x in product], [2.0 * x.double() for x in along], rtol=0.02, atol=0.0)
+    precision = max(torch.finfo(getattr(torch, name)).eps for name in dtypes)
+    widest = widths.index(max(widths))
+    step = (places[0][widest] - model[widest].detach()).double()  # of entries of a vector of length 2
+    torch.testing.assert_close(step, torch.full((2,), precision**0.5 / 2).double(), rtol=1e-2, atol=0.0)
+
+
+def test_a_name_is_that_of_a_module_and_not_the_beginning_of_others() -> None:
+    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("norm", "norm2")})
+    assert list(select_params(model, "norm")) == ["norm.weight", "norm.bias"]

@@ -137,6 +137,30 @@ def test_restarts_escape_a_critical_point(p: float) -> None:
     assert result.num_passes == 4 * 61
 
 
+@pytest.mark.parametrize(("seed", "is_start"), [(10, True), (1, False)])
+def test_restarts_of_one_step_climb_from_where_they_start_and_count_it(seed: int, is_start: bool) -> None:
+    """``-x^2 + 0.6 x`` in [-1, 1]: a step of 1 uphill from w and from each point drawn, cut at the ends."""
+    peak = Quadratic(torch.tensor([[-2.0]]).double(), torch.tensor([0.6]).double())
+    generator = torch.Generator().manual_seed(seed)
+    starts = [2 * torch.rand(1, generator=generator, dtype=torch.float64).item() - 1 for _ in range(3)]
+    ends = [max(-1.0, min(1.0, x + (1.0 if x < 0.3 else -1.0))) for x in (0.0, *starts)]
+    highest_start, highest_end = (max(-(x**2) + 0.6 * x for x in points) for points in (starts, ends))
+    assert (highest_start > highest_end) == is_start
+    result = measured(peak, rho=1.0, p=math.inf, restarts=4, seed=seed)
+    assert result.value == pytest.approx(max(highest_start, highest_end), rel=1e-6)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_no_start_lies_outside_the_ball(adaptive: bool, steps: int) -> None:
+    weights, gradient = slope(2), convex() @ slope(2) + slope()
+    scale = torch.diag(weights.abs()) if adaptive else torch.eye(SIZE).double()
+    exact = highest_in_ball(scale @ convex() @ scale, scale @ gradient, 0.8)
+    model = Quadratic(convex(), slope(), weights)
+    values = [measured(model, rho=0.8, adaptive=adaptive, steps=steps, restarts=num).value for num in (1, 40)]
+    assert values[0] <= values[1] <= exact * (1 + 1e-12)
+
+
 def test_restarts_stay_in_the_adaptive_ball() -> None:
     model = Quadratic(torch.eye(2).double(), weights=torch.tensor([0.0, 2.0]).double())
     result = measured(model, rho=0.5, adaptive=True, steps=5, restarts=5)
@@ -153,6 +177,7 @@ def test_m_sharpness_is_the_mean_over_micro_batches(steps: int) -> None:
     assert len(groups) == 5  # the fifth example of the last batch is left out
     assert result.rises == pytest.approx(alone, rel=1e-12)
     assert result.value == pytest.approx(sum(alone) / 5)
+    assert result.loss == pytest.approx(sum(cross_entropy(model, group).item() for group in groups) / 5)
     deviation = torch.tensor(alone).double().std().item()
     assert result.error == pytest.approx(2.7764451 * deviation / 5**0.5, rel=1e-6)  # Student's t, 4 degrees of freedom
     assert result.num_passes == 1 + steps

@@ -72,3 +72,19 @@ def test_sums_remember_the_first_step_that_was_not_finite() -> None:
         sums.add(step, torch.tensor(loss), torch.tensor(1), 4, [torch.tensor(1.0), torch.tensor(0.5)])
     with pytest.raises(TrainingError, match="not finite at step 3"):
         sums.means(fabric, with_rise=True)
+
+
+def test_first_bad_step_of_all_replicas_is_told() -> None:
+    """Rows as two replicas gather them: in the second one an earlier step was the first to go wrong."""
+    fabric = Fabric(accelerator="cpu", devices=1)
+    rows = []
+    for bad_step in (4, 2):
+        sums = EpochSums(fabric.device)
+        for step in range(6):
+            loss = torch.tensor(math.inf if step == bad_step else 1.0)
+            sums.add(step, loss, torch.tensor(1), 4, [torch.tensor(1.0), torch.tensor(0.5)])
+        rows.append(sums.values)
+    whole = EpochSums(fabric.device)
+    whole.gathered = lambda fabric: torch.stack(rows)  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match="not finite at step 3"):
+        whole.means(fabric, with_rise=True)

@@ -8,6 +8,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from short_runs import final_weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flatmin.train import loop
@@ -108,3 +109,13 @@ def test_weights_and_biases_gets_the_records_and_goes_on_with_its_run(
     logged = [(call.kwargs["step"], call.args[0]["train_loss"]) for call in wandb.init.return_value.log.call_args_list]
     assert logged[1:] == [(record["step"], record["train_loss"]) for record in read_metrics(config.run_dir)]
     assert wandb.init.return_value.finish.call_count == 2
+
+
+def test_run_that_is_beyond_its_limit_takes_no_step_and_tells_where_it_is(config: TrainConfig) -> None:
+    """Killed after its checkpoint and before its summary, and started again with a lower limit."""
+    train(replace(config, max_steps=4))
+    before = final_weights(config)
+    (config.run_dir / "summary.json").unlink()
+    summary = train(replace(config, max_steps=2))
+    assert (summary.steps, summary.complete) == (4, False)
+    assert all(torch.equal(value, before[name]) for name, value in final_weights(config).items())

@@ -128,6 +128,8 @@ def test_the_context_ends_with_its_block_and_nests() -> None:
 def test_repeated_gates_are_those_of_the_last_call_and_masks_are_new() -> None:
     ones = torch.ones(200, 1, 1, 1)
     mix, drop = ShakeShake(), ShakeDrop(0.5)
+    with repeated_gates(mix):
+        assert mix(ones, -ones).std() > 0.1  # there is no last call yet
     first, dropped = mix(ones, -ones), drop(ones)
     with repeated_gates(mix), repeated_gates(drop):
         assert torch.equal(mix(ones, -ones), first)

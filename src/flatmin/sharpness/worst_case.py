@@ -171,7 +171,7 @@ class _Ascent:
         within = space_at_weights(self.ball.metric, objective, length)
         farthest = self.ball.farthest(within, point.gradient, scaling)
         moves = [scale.to(tensor) * tensor for tensor, scale in zip(farthest.tensors, farthest.scales, strict=True)]
-        if self.steps == 1:
+        if self.steps == self.restarts == 1:  # any p; where the ascent goes on, the ball has a projection
             return moves
         moved = [old + move for old, move in zip(point.perturbation, moves, strict=True)]
         return self.ball.project(space_at_weights(self.ball.metric, objective, self.rho), moved, scaling)

@@ -185,7 +185,7 @@ class OnePass(RestingWeights):
         """Home, the base optimizer's update unless the gradient is not finite, and out again."""
         space = active_space(self.base, self._names, self._memory)
         has_moved = self._rest.has_moved
-        self._rest.go_home()
+        self._go_home()
         try:
             looks = self._unscale(space, scaler) or self.skip_nonfinite
             if isinstance(self.direction, Observer):

@@ -492,8 +492,17 @@ def test_two_optimizers_take_turns(callbacks):
 
 
 def test_an_optimizer_that_is_not_sharpness_aware_is_refused():
-    with pytest.raises(TypeError, match=r"must return an optimizer of flatmin, got \['SGD'\]"):
+    with pytest.raises(TypeError, match=r"must return a flatmin.SharpnessAware, .* got \['SGD'\]"):
         fit(Classifier(lambda base, module: base), SharpnessAwareCallback())
+
+
+def test_bsam_goes_without_the_callback():
+    def make(base, module):
+        return flatmin.BSAM(module.network.parameters(), num_data=96, model=module.trainer.model)
+
+    with pytest.raises(TypeError, match=r"got \['BSAM'\]"):
+        fit(Classifier(make), SharpnessAwareCallback())
+    assert fit(Classifier(make)).optimizers[0].diagnostics.num_perturbed_steps == 12
 
 
 def test_an_exception_leaves_the_weights_at_home_and_the_trainer_as_it_was():

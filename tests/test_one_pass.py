@@ -31,6 +31,7 @@ from flatmin.optim import (
     Window,
 )
 from flatmin.optim.filters import Centralised
+from flatmin.sharpness import hessian_eigenvalues, worst_case
 from problems import batches, tiny_network
 
 METHODS = {
@@ -468,6 +469,38 @@ def test_a_base_whose_momentum_cannot_be_found_is_refused():
     optimizer = flatmin.MSAM(_OtherNames(model.parameters()))
     with pytest.raises(TypeError, match="base must keep its first moment .* got step, sum"):
         run(optimizer, model, range(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+def test_weights_that_are_swapped_out_and_in_again_are_none_of_others(method, dtype):
+    found = []
+    for swaps in (False, True):
+        model, optimizer = made(method, dtype=dtype)
+        for step in range(6):
+            run(optimizer, model, range(step, step + 1))
+            if swaps:
+                kept = copy.deepcopy(model.state_dict())
+                model.load_state_dict(tiny_network(seed=5).state_dict())
+                model.load_state_dict(kept)
+        with optimizer.unperturbed():
+            found.append(everything(model))
+    assert torch.equal(*found)
+
+
+def test_measuring_sharpness_leaves_resting_weights_and_used_gradients_as_they_are():
+    model, optimizer = made(METHODS["MSAM"])
+    run(optimizer, model, range(3))
+    params = [param for param in model.parameters() if param.grad is not None]
+    versions = [(param._version, param.grad._version) for param in params]
+    worst_case(model, cross_entropy, batches(), rho=0.05, batch_norm="running")
+    hessian_eigenvalues(model, cross_entropy, batches(), k=1, batch_norm="running", max_iterations=2)
+    assert versions == [(param._version, param.grad._version) for param in params]
+    optimizer.param_groups[0]["rho"] = 0.1  # so that the weights could not be recognised by perturbing again
+    model_again, again = made(METHODS["MSAM"])
+    run(again, model_again, range(3))
+    with optimizer.unperturbed(), again.unperturbed():
+        assert torch.equal(everything(model), everything(model_again))
 
 
 def test_weights_written_past_autograd_count_inside_of_unperturbed_alone():

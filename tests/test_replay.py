@@ -36,6 +36,30 @@ def test_rho_zero_is_the_base_with_every_kind_of_buffer(kind, door):
     assert torch.equal(everything(careless), everything(plain)) == (kind == "frozen statistics")
 
 
+def test_a_closure_may_call_the_networks_that_the_model_holds():
+    found = []
+    for make in (lambda base, held: flatmin.SAM(base, 0.0, model=held), lambda base, held: base):
+        first = tiny_network()
+        second = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+        held = nn.ModuleList([first, second])
+        optimizer = make(torch.optim.SGD(held.parameters(), lr=0.1, momentum=0.9), held)
+        torch.manual_seed(0)
+        for inputs, labels in batches():
+
+            def closure(optimizer=optimizer, first=first, second=second, inputs=inputs, labels=labels):
+                optimizer.zero_grad()
+                loss = cross_entropy(second(first(inputs)), labels)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+        if isinstance(optimizer, flatmin.SAM):
+            optimizer.param_groups[0]["rho"] = 0.05
+            assert flatmin.doctor(optimizer, closure).is_healthy
+        found.append(everything(held))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("door", [through_closure, through_two_steps])
 def test_several_calls_of_the_model_in_one_pass_see_the_same_masks(door):
     """Between the calls the first pass draws random numbers that the second does not."""

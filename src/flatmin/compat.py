@@ -1,7 +1,9 @@
 """The constructor and the meaning of the older SAM ports, so that code written for them runs with one import changed.
 
 davda54/sam and pytorch_optimizer build the base from a class, ``SAM(model.parameters(), torch.optim.SGD, lr=0.1)``;
-tourdeml/sam and moskomule/sam.pytorch take, or are, an instance, ``SAM(model.parameters(), optimizer)``.
+tourdeml/sam takes an instance, ``SAM(model.parameters(), optimizer)``. Of pytorch_optimizer's arguments ``use_gc`` and
+``perturb_eps`` are not here. moskomule/sam.pytorch is an SGD itself: its ``SAMSGD(params, lr=0.1)`` is written like the
+first.
 """
 
 import warnings

@@ -158,19 +158,23 @@ def test_the_older_package_takes_the_callback():
     import pytorch_lightning as older  # noqa: PLC0415 - takes seconds
 
     class Older(older.LightningModule):
-        def __init__(self):
+        def __init__(self, make):
             super().__init__()
-            self.network = tiny_network()
+            self.network, self.make = tiny_network(), make
 
         def training_step(self, batch, batch_idx):
             return cross_entropy(self.network(batch[0]), batch[1])
 
         def configure_optimizers(self):
-            return flatmin.SAM(torch.optim.SGD(self.network.parameters(), lr=0.1), RHO)
+            return self.make(torch.optim.SGD(self.network.parameters(), lr=0.1, momentum=0.9), rho=RHO)
 
-    trainer = fit(Older(), SharpnessAwareCallback(), package=older, max_epochs=1)
+    trainer = fit(Older(flatmin.SAM), SharpnessAwareCallback(), package=older, max_epochs=1)
     assert trainer.optimizers[0].diagnostics.num_perturbed_steps == 6
     assert trainer.callback_metrics["SAM/loss_rise"] > 0
+    module, noting = Older(flatmin.MSAM), Noting()
+    average = older.callbacks.StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)
+    fit(module, noting, SharpnessAwareCallback(), average, package=older)
+    torch.testing.assert_close(parameters_to_vector(module.parameters()), torch.stack(noting.at_start[:2]).mean(dim=0))
 
 
 def test_later_passes_log_nothing():
@@ -492,8 +496,17 @@ def test_two_optimizers_take_turns(callbacks):
 
 
 def test_an_optimizer_that_is_not_sharpness_aware_is_refused():
-    with pytest.raises(TypeError, match=r"must return an optimizer of flatmin, got \['SGD'\]"):
+    with pytest.raises(TypeError, match=r"must return a flatmin.SharpnessAware, .* got \['SGD'\]"):
         fit(Classifier(lambda base, module: base), SharpnessAwareCallback())
+
+
+def test_bsam_goes_without_the_callback():
+    def make(base, module):
+        return flatmin.BSAM(module.network.parameters(), num_data=96, model=module.trainer.model)
+
+    with pytest.raises(TypeError, match=r"got \['BSAM'\]"):
+        fit(Classifier(make), SharpnessAwareCallback())
+    assert fit(Classifier(make)).optimizers[0].diagnostics.num_perturbed_steps == 12
 
 
 def test_an_exception_leaves_the_weights_at_home_and_the_trainer_as_it_was():

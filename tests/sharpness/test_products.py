@@ -297,6 +297,9 @@ def test_data_that_cannot_be_measured_are_refused() -> None:
         hessian_vector_product(model, cross_entropy, iter(pairs()), vector)
     with pytest.raises(ValueError, match="data must hold at least one batch of positive weight"):
         hessian_vector_product(model, cross_entropy, [], vector)
+    for summed in (nn.CrossEntropyLoss(reduction="sum"), partial(nn.functional.cross_entropy, reduction="sum")):
+        with pytest.raises(ValueError, match="loss_fn must return the mean loss of a batch, got reduction='sum'"):
+            hessian_vector_product(model, summed, pairs(), vector)
     with pytest.raises(ValueError, match=r"loss_fn must return a scalar tensor, got \(8, 3\)"):
         hessian_vector_product(model, lambda model, batch: model(batch[0]), pairs(), vector)
     with pytest.raises(ValueError, match="vector must have the shapes of the chosen parameters"):

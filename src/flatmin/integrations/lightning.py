@@ -62,7 +62,10 @@ class SharpnessAwareCallback(Callback):
         optimizers = _ours(trainer)
         if not optimizers:
             names = [type(optimizer).__name__ for optimizer in trainer.optimizers]
-            raise TypeError(f"configure_optimizers must return an optimizer of flatmin, got {names}")
+            raise TypeError(
+                "configure_optimizers must return a flatmin.SharpnessAware, such as SAM, or a flatmin.OnePass, "
+                f"got {names}"
+            )
         self._num_logged_steps = optimizers[0].diagnostics.num_steps
         steps = Steps(trainer, self.shared_perturbation)
         self._patch(trainer.strategy.precision_plugin, "optimizer_step", steps.optimizer_step)

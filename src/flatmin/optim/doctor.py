@@ -145,7 +145,7 @@ def _of_two_looks(run: DryRun, look: Look, closure: Closure) -> Iterator[Finding
     if not look.has_called_model:
         yield Finding(
             "model not called",
-            "the closure never calls the module given as model=, so nothing of it can be replayed",
+            "the closure never calls the module given as model=: a loop could not replay it, nor replicas wait for it",
             "give the module that the loop calls, such as the compiled or distributed wrapper",
         )
     elif not has_model and (look.changed or look.has_drawn):

@@ -40,7 +40,8 @@ class LoopDoors(Wrapper):
         With several ascent steps it is called as often, after a backward pass each.
 
         Args:
-            zero_grad: Clear the gradients, so that the next backward pass starts from nothing.
+            zero_grad: Clear the gradients, so that the next backward pass starts from nothing. Where nobody does, it
+                adds to them, and the step follows the sum of both gradients.
             scaler: Gradient scaler of the backward pass. It is needed only by methods whose perturbation depends on the
                 gradient's length, such as USAM, and by those that combine both gradients where the second one is
                 unscaled by hand.

@@ -187,7 +187,7 @@ class OnePass(RestingWeights):
         """Home, the base optimizer's update unless the gradient is not finite, and out again."""
         space = active_space(self.base, self._names, self._memory)
         has_moved = self._rest.has_moved
-        self._rest.go_home()
+        self._go_home()
         try:
             scale = remaining_scale(self, scaler)
             if scale is not None:

@@ -13,8 +13,8 @@ from flatmin.optim.visit import Visit
 class Rest:
     """A visit to w + eps that lasts, during which weights may be loaded or written from outside.
 
-    Weights that somebody has written since are the new true ones, unless they are those that rested there: a checkpoint
-    of the model taken at rest, which may be loaded after the optimizer's.
+    Weights that somebody has written since are the new true ones, unless they are those that rested there: swapped out
+    and in again, or a checkpoint of the model taken at rest, which may be loaded after the optimizer's.
     """
 
     def __init__(self) -> None:
@@ -59,6 +59,14 @@ class Rest:
         else:
             self._visit.forget()
         self._versions, self._loaded = [], []
+
+    @torch.no_grad()
+    def take_home(self) -> list[tuple[Tensor, Tensor]]:
+        """To w, whoever has written; returns each parameter with a copy of what it held."""
+        found = [(param, param.clone()) for param in self._visit.params]
+        self._visit.go_home()
+        self._versions, self._loaded = [], []
+        return found
 
     @torch.no_grad()
     def true_weights(self) -> dict[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from flatmin.optim.rest import Rest
 from flatmin.optim.rounding import Rounding
 from flatmin.optim.schedules import RhoSchedule, set_radii
 from flatmin.optim.seeding import seed_of
+from flatmin.optim.sharding import mean_over_mesh
 from flatmin.optim.space import every_space
 from flatmin.optim.when import When
 from flatmin.optim.where import masked
@@ -59,7 +60,7 @@ class RestingWeights(Wrapper):
         if self._is_shown:
             yield
             return
-        self._rest.go_home()
+        self._go_home()
         self._is_shown = True
         try:
             yield
@@ -102,7 +103,7 @@ class RestingWeights(Wrapper):
         entries = state_dict["state"].items()
         true = {params[key]: entry[_TRUE_WEIGHTS] for key, entry in entries if _TRUE_WEIGHTS in entry}
         others = {key: {name: x for name, x in entry.items() if name != _TRUE_WEIGHTS} for key, entry in entries}
-        self._rest.go_home()
+        self._go_home()
         super().load_state_dict({**state_dict, "state": {key: entry for key, entry in others.items() if entry}})
         if self.param_groups[0]["is_perturbed"] and not true:
             raise ValueError(
@@ -123,9 +124,32 @@ class RestingWeights(Wrapper):
 
     def _settle(self) -> None:
         """Perturb weights that somebody has written where others rested; no gradient of theirs is there yet."""
-        if self._rest.has_moved and not self._rest.is_as_left():
-            self._rest.go_home()
+        if self._rest.has_moved and not self._knows_weights():
             self._perturb()
+
+    def _go_home(self) -> None:
+        """From where the weights rest to w, unless somebody has written others there."""
+        if self._knows_weights():
+            self._rest.go_home()
+
+    @torch.no_grad()
+    def _knows_weights(self) -> bool:
+        """Whether the weights are those that rest; others are at home from now on.
+
+        Where somebody has written, w is perturbed again and compared: whoever swaps weights for an evaluation and back
+        has changed nothing.
+        """
+        if self._rest.is_as_left():
+            return True
+        found = self._rest.take_home()
+        self._perturb()
+        is_same = all(torch.equal(param, value) for param, value in found)
+        if bool(mean_over_mesh(torch.tensor(float(is_same), device=found[0][0].device), self._params()) == 1.0):
+            return True
+        self._rest.take_home()
+        for param, value in found:
+            param.copy_(value)
+        return False
 
     @torch.no_grad()
     def _perturb(self) -> None:

@@ -13,7 +13,12 @@ def on_batches(loss_fn: LossFn) -> LossFn:
     """The loss function as ``loss_fn(model, batch)``, whichever of the two forms it has.
 
     One that compares outputs with targets is known by where it comes from: a module, or ``torch.nn.functional``.
+
+    Raises:
+        ValueError: It is known to sum over the batch.
     """
+    if _reduction(loss_fn) == "sum":
+        raise ValueError("loss_fn must return the mean loss of a batch, got reduction='sum'")
     return _on_outputs(loss_fn) if _is_criterion(loss_fn) else loss_fn
 
 
@@ -33,6 +38,11 @@ def _is_criterion(loss_fn: LossFn) -> bool:
     if isinstance(loss_fn, partial):
         return _is_criterion(loss_fn.func)
     return isinstance(loss_fn, nn.Module) or getattr(loss_fn, "__module__", None) == "torch.nn.functional"
+
+
+def _reduction(loss_fn: LossFn) -> object:
+    """Of one of torch's own; ``None`` where it is not told."""
+    return loss_fn.keywords.get("reduction") if isinstance(loss_fn, partial) else getattr(loss_fn, "reduction", None)
 
 
 def _on_outputs(criterion: LossFn) -> LossFn:

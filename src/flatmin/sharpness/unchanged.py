@@ -17,6 +17,8 @@ BatchStatistics = Literal["batch", "running"]
 def unchanged(model: nn.Module, batch_norm: BatchStatistics) -> Iterator[list[Tensor]]:
     """Put ``model`` in evaluation mode and yield a copy of its weights; on leaving undo whatever happened to it.
 
+    Autograd's count of writes into weights and gradients is undone too.
+
     Args:
         model: Any module.
         batch_norm: ``"running"`` leaves the batch norm layers in evaluation mode too, ``"batch"`` has them normalise
@@ -35,6 +37,11 @@ def unchanged(model: nn.Module, batch_norm: BatchStatistics) -> Iterator[list[Te
         for module in model.modules()
         for name, buffer in module._buffers.items()
     ]
+    written = [*params, *(grad[0] for grad in grads if grad is not None)]
+    counted = tuple(tensor for tensor in written if not tensor.is_inference())
+    # The values come back, so nobody who goes by autograd's count of writes is to think that there are others: a
+    # one-pass optimizer whose weights rest at w + eps, or one that tells a new gradient from a used one.
+    versions = tuple(tensor._version for tensor in counted)
     try:
         with same_random_numbers(params):
             model.eval()
@@ -52,6 +59,7 @@ def unchanged(model: nn.Module, batch_norm: BatchStatistics) -> Iterator[list[Te
                     continue
                 if 0 not in buffer.stride() or not torch.equal(buffer, value):  # nothing writes into an expanded one
                     buffer.copy_(value)
+        torch._C._autograd._unsafe_set_version_counter(counted, versions)
         for module, training in modes:
             module.training = training
 

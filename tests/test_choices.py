@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 import pytest
 
-from flatmin.choices import check_choice
+from flatmin.arguments import check_choice
 
 Colour = Literal["red", "green"]
 

@@ -211,3 +211,6 @@ def test_wrong_arguments_are_refused():
         SAM(model.parameters(), "sgd")
     with pytest.raises(TypeError, match="flatmin.compat.SAM takes a class"):
         flatmin.SAM(torch.optim.SGD)
+    for method in (flatmin.SAM, flatmin.ASAM):
+        with pytest.raises(TypeError, match="flatmin.compat.SAM takes a class"):
+            method(model.parameters(), torch.optim.SGD, lr=LR, momentum=MOMENTUM)

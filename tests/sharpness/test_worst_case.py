@@ -256,7 +256,7 @@ def test_it_prints_its_value_cost_and_settings() -> None:
         ({"rho": math.nan}, "rho must be >= 0 and finite, got nan"),
         ({"p": 0.5}, "p must be >= 1, got 0.5"),
         ({"steps": 0}, "steps must be an integer >= 1, got 0"),
-        ({"steps": 2, "p": 3.0}, "ascent_steps must be 1 unless p is 2 or infinity"),
+        ({"steps": 2, "p": 3.0}, "^steps must be 1 unless p is 2 or infinity"),
         ({"restarts": 0}, "restarts must be an integer >= 1, got 0"),
         ({"restarts": 2, "p": 1.0}, "restarts must be 1 unless p is 2 or infinity"),
         ({"m": 0}, "m must be an integer >= 1, got 0"),
@@ -266,6 +266,11 @@ def test_it_prints_its_value_cost_and_settings() -> None:
 def test_settings_outside_their_domain_are_refused(settings, message) -> None:
     with pytest.raises(ValueError, match=message):
         worst_case(smooth_network(), cross_entropy, pairs(), **settings)
+
+
+def test_a_radius_that_is_no_number_is_refused() -> None:
+    with pytest.raises(TypeError, match="rho must be a number, got '0.1'"):
+        worst_case(smooth_network(), cross_entropy, pairs(), rho="0.1")  # type: ignore[arg-type]
 
 
 def test_loss_that_is_not_finite_is_refused() -> None:

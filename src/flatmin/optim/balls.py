@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin.optim.arguments import check_number, check_pieces
+from flatmin.arguments import check_number
 from flatmin.optim.metrics import Identity, Metric
 from flatmin.optim.norms import dual_order, widened
+from flatmin.optim.piece_check import check_pieces
 from flatmin.optim.radii import FirstOrderGain, Fixed, Radius, Unified
 from flatmin.optim.space import Space
 
@@ -69,14 +70,19 @@ class Ball:
         """Whether the perturbation changes where all gradients are multiplied by one number."""
         return self.radius.depends_on_scale or self.metric.depends_on_scale
 
-    def check_ascent_steps(self, ascent_steps: int) -> None:
-        """Refuse several ascents where the projection back to the ball has no closed form, and numbers below 1."""
+    def check_ascent_steps(self, ascent_steps: int, name: str = "ascent_steps") -> None:
+        """Refuse several ascents where the projection back to the ball has no closed form, and numbers below 1.
+
+        Args:
+            ascent_steps: How many.
+            name: What the user calls them.
+        """
         if not isinstance(ascent_steps, int) or not ascent_steps >= 1:
-            raise ValueError(f"ascent_steps must be an integer >= 1, got {ascent_steps}")
+            raise ValueError(f"{name} must be an integer >= 1, got {ascent_steps}")
         if ascent_steps > 1 and not isinstance(self.radius, Fixed):
-            raise ValueError(f"ascent_steps must be 1 with {type(self.radius).__name__}, got {ascent_steps}")
+            raise ValueError(f"{name} must be 1 with {type(self.radius).__name__}, got {ascent_steps}")
         if ascent_steps > 1 and self.p not in (2.0, math.inf):
-            raise ValueError(f"ascent_steps must be 1 unless p is 2 or infinity, got {ascent_steps} with p = {self.p}")
+            raise ValueError(f"{name} must be 1 unless p is 2 or infinity, got {ascent_steps} with p = {self.p}")
 
     def farthest(self, space: Space, direction: list[Tensor], scaling: list[Tensor] | None) -> Perturbation:
         """The maximiser of ``<direction, eps>`` over the ball.

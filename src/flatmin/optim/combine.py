@@ -6,8 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flatmin.choices import check_choice
-from flatmin.optim.arguments import check_number
+from flatmin.arguments import check_choice, check_number
 from flatmin.optim.groups import is_perturbed
 from flatmin.optim.space import Space
 

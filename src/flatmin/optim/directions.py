@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from flatmin.optim.arguments import check_number
+from flatmin.arguments import check_number
 from flatmin.optim.seeding import seed_of
 from flatmin.optim.space import Space
 

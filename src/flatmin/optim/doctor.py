@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.amp import GradScaler
 
-from flatmin.optim.arguments import check_number
+from flatmin.arguments import check_number
 from flatmin.optim.checkup import Checkup, Finding, shown
 from flatmin.optim.closures import Closure, as_closures
 from flatmin.optim.dry_run import DryRun, DryStep, Look, check_two_passes, dry_run

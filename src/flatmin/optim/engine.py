@@ -9,7 +9,6 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from flatmin.optim.accumulation import Reduction, check_reduction
-from flatmin.optim.arguments import check_pieces
 from flatmin.optim.balls import Ball
 from flatmin.optim.closure_passes import MicroBatches, run_passes
 from flatmin.optim.closures import Closure, as_closures
@@ -19,6 +18,7 @@ from flatmin.optim.host_copies import SaveTo, check_save_to
 from flatmin.optim.layers import LayerBall
 from flatmin.optim.leftover import refusing_leftovers
 from flatmin.optim.loop_doors import LoopDoors
+from flatmin.optim.piece_check import check_pieces
 from flatmin.optim.plan import Pieces, Plan
 from flatmin.optim.progress import Progress, require
 from flatmin.optim.rounding import Rounding, check_rounding

@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flatmin.optim.arguments import check_number
+from flatmin.arguments import check_number
 from flatmin.optim.directions import Direction, Observer
 from flatmin.optim.sharding import local, placed_like, whole
 from flatmin.optim.space import Space

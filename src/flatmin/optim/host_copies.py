@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from flatmin.choices import check_choice
+from flatmin.arguments import check_choice
 
 SaveTo = Literal["device", "host"]
 

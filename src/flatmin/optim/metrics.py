@@ -5,8 +5,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor
 
-from flatmin.choices import check_choice
-from flatmin.optim.arguments import check_number
+from flatmin.arguments import check_choice, check_number
 from flatmin.optim.space import Space
 
 Scaled = Literal["weights", "matrices", "all"]

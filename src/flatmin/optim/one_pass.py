@@ -9,7 +9,6 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from flatmin.optim.accumulation import Reduction, check_reduction, one_after_another
-from flatmin.optim.arguments import check_pieces
 from flatmin.optim.balls import Ball
 from flatmin.optim.base_step import guarded_step
 from flatmin.optim.closures import Closure, as_closures
@@ -20,6 +19,7 @@ from flatmin.optim.groups import count_step
 from flatmin.optim.layers import LayerBall
 from flatmin.optim.leftover import refusing_leftovers
 from flatmin.optim.loss_scaling import remaining_scale, unscale_
+from flatmin.optim.piece_check import check_pieces
 from flatmin.optim.resting_weights import RestingWeights
 from flatmin.optim.rounding import Rounding, check_rounding
 from flatmin.optim.schedules import RhoSchedule

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flatmin.optim.arguments import check_number
+from flatmin.arguments import check_number
 from flatmin.optim.schedules import half_cosine
 from flatmin.optim.space import ActiveGroup
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.amp import GradScaler
 
-from flatmin.optim.arguments import check_number
+from flatmin.arguments import check_number
 from flatmin.optim.closures import Closure, as_closures
 from flatmin.optim.dry_run import check_two_passes, dry_run
 from flatmin.optim.engine import SharpnessAware

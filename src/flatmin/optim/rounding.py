@@ -1,9 +1,11 @@
 """Stochastic rounding to narrow dtypes, so that steps smaller than the spacing of the numbers survive on average."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from flatmin.arguments import check_choice
 
 Rounding = Literal["stochastic", "nearest"]
 
@@ -18,8 +20,7 @@ def is_narrow(dtype: torch.dtype) -> bool:
 
 def check_rounding(rounding: str) -> None:
     """Raise ``ValueError`` where it is neither of the two."""
-    if rounding not in ("stochastic", "nearest"):
-        raise ValueError(f'rounding must be "stochastic" or "nearest", got {rounding!r}')
+    check_choice("rounding", rounding, get_args(Rounding))
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

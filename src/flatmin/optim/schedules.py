@@ -11,7 +11,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from flatmin.optim.arguments import check_number
+from flatmin.arguments import check_number
 
 RhoSchedule = Callable[[int, Mapping[str, Any]], float]
 """Called with the number of the step and a group that has ``initial_rho`` and ``lr``; returns the group's rho."""

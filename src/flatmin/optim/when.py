@@ -6,7 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from flatmin.optim.arguments import check_number, check_pieces
+from flatmin.arguments import check_number
+from flatmin.optim.piece_check import check_pieces
 from flatmin.optim.seeding import seed_of
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from flatmin.optim.arguments import check_number
+from flatmin.arguments import check_number
 
 _STATE_DICT_HOOKS = (
     "_optimizer_state_dict_pre_hooks",
@@ -32,7 +32,7 @@ class Wrapper(Optimizer):
     """
 
     def __init__(self, base: Optimizer, own_defaults: dict[str, Any]) -> None:
-        _check_base(base)
+        check_base(base)
         self.base = base
         self.check_options({**own_defaults, "num_steps": 0})
         plain = {name: value.item() if hasattr(value, "item") else value for name, value in own_defaults.items()}
@@ -189,7 +189,8 @@ def names_of(model: nn.Module | None, groups: list[dict[str, Any]]) -> dict[Tens
     return names
 
 
-def _check_base(base: object) -> None:
+def check_base(base: object) -> None:
+    """Raise ``TypeError`` where it is no optimizer that can be wrapped."""
     if not isinstance(base, Optimizer):
         raise TypeError(
             f"base must be a torch.optim.Optimizer instance, got {base!r}; "

@@ -1,6 +1,5 @@
 """Average-case sharpness: how far the loss rises on average when noise is added to the weights."""
 
-import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,8 +8,8 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import nn
 
+from flatmin.arguments import check_number, checked_count
 from flatmin.optim import Adaptive
-from flatmin.sharpness.counts import checked_count
 from flatmin.sharpness.interval import mean_and_half_width
 from flatmin.sharpness.loss_functions import LossFn
 from flatmin.sharpness.measure import Measure, check_finite_loss
@@ -69,8 +68,7 @@ def average_case(
         Andriushchenko et al. (2023), arXiv:2302.07011, section 3; Keskar et al. (2017), arXiv:1609.04836.
     """
     start = time.perf_counter()
-    if not 0.0 <= sigma < math.inf:
-        raise ValueError(f"sigma must be >= 0 and finite, got {sigma}")
+    check_number("sigma", sigma, ">= 0 and finite")
     num_draws = checked_count("num_draws", num_draws, 2)
     objective = Objective(model, loss_fn, data, **options)
     generator = torch.Generator().manual_seed(seed)

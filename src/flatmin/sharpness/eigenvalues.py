@@ -8,9 +8,8 @@ from typing import Any, ClassVar, Literal, Unpack, get_args
 import torch
 from torch import Tensor, nn
 
-from flatmin.choices import check_choice
+from flatmin.arguments import check_choice, check_number, checked_count
 from flatmin.optim import joint_norm
-from flatmin.sharpness.counts import checked_count
 from flatmin.sharpness.lanczos import Tridiagonal, lanczos
 from flatmin.sharpness.loss_functions import LossFn
 from flatmin.sharpness.measure import Measure
@@ -164,8 +163,7 @@ class _Wanted:
 
     def __post_init__(self) -> None:
         check_choice("which", self.which, get_args(Which))
-        if not self.tolerance > 0.0:
-            raise ValueError(f"tolerance must be > 0, got {self.tolerance}")
+        check_number("tolerance", self.tolerance, "> 0")
         if not self.max_iterations >= self.k:
             raise ValueError(f"max_iterations must be >= k, got {self.max_iterations} with k = {self.k}")
 

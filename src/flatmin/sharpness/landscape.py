@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from flatmin.choices import check_choice
+from flatmin.arguments import check_choice
 from flatmin.sharpness.batches import num_examples
 from flatmin.sharpness.grid_log import GridLog, fingerprint
 from flatmin.sharpness.loss_functions import LossFn, as_scalar

@@ -7,8 +7,8 @@ from typing import Any, Literal, Unpack, get_args
 
 from torch import nn
 
+from flatmin.arguments import check_number, checked_count
 from flatmin.sharpness.average_case import average_case
-from flatmin.sharpness.counts import checked_count
 from flatmin.sharpness.eigenvalues import hessian_eigenvalues
 from flatmin.sharpness.loss_functions import LossFn
 from flatmin.sharpness.measure import NotFiniteError
@@ -64,10 +64,8 @@ class SharpnessMonitor:
         m: int | None = None,
     ) -> None:
         _check_measures(measures)
-        if not budget > 0.0:
-            raise ValueError(f"budget must be > 0, got {budget}")
-        if not 0.0 <= rho < math.inf:
-            raise ValueError(f"rho must be >= 0 and finite, got {rho}")
+        check_number("budget", budget, "> 0")
+        check_number("rho", rho, ">= 0 and finite")
         self.measures = tuple(measures)
         self.budget = budget
         self.rho = rho

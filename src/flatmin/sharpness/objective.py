@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
+from flatmin.arguments import checked_count
 from flatmin.sharpness.batches import micro_batches, num_examples, to_device
-from flatmin.sharpness.counts import checked_count
 from flatmin.sharpness.loss_functions import LossFn, as_scalar, on_batches
 from flatmin.sharpness.measure import Setting
 from flatmin.sharpness.ranks import share_buffers_, sum_over_ranks

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypedDict, Unpack, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from flatmin.choices import check_choice
+from flatmin.arguments import check_choice, check_number
 from flatmin.optim import joint_norm
 from flatmin.sharpness.loss_functions import LossFn
 from flatmin.sharpness.measure import NotFiniteError, Setting
@@ -81,8 +81,8 @@ def hessian_product(
         ValueError: ``hvp`` is unknown or ``difference_step`` is not positive.
     """
     check_choice("hvp", hvp, get_args(HvpMethod))
-    if difference_step is not None and not 0.0 < difference_step < math.inf:
-        raise ValueError(f"difference_step must be > 0 and finite, got {difference_step}")
+    if difference_step is not None:
+        check_number("difference_step", difference_step, "> 0 and finite")
     if hvp == "double_backward":
         return lambda vectors: _double_backward(objective, vectors)
     precision = max(torch.finfo(param.dtype).eps for param in objective.params)

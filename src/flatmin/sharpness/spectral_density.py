@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor, nn
 
-from flatmin.sharpness.counts import checked_count
+from flatmin.arguments import check_number, checked_count
 from flatmin.sharpness.interval import mean_and_half_width, student_quantile
 from flatmin.sharpness.lanczos import Tridiagonal, lanczos
 from flatmin.sharpness.loss_functions import LossFn
@@ -91,8 +91,8 @@ def spectral_density(
     """
     start = time.perf_counter()
     num_vectors, num_steps = checked_count("num_vectors", num_vectors), checked_count("num_steps", num_steps)
-    if width is not None and not 0.0 < width < math.inf:
-        raise ValueError(f"width must be > 0 and finite, got {width}")
+    if width is not None:
+        check_number("width", width, "> 0 and finite")
     objective = Objective(model, loss_fn, data, **loss_options(options))
     generator = torch.Generator().manual_seed(seed)
     rules = []

@@ -9,9 +9,8 @@ from typing import Any, ClassVar, Literal, Unpack, get_args
 import torch
 from torch import Tensor, nn
 
-from flatmin.choices import check_choice
+from flatmin.arguments import check_choice, checked_count
 from flatmin.optim import joint_dot
-from flatmin.sharpness.counts import checked_count
 from flatmin.sharpness.interval import mean_and_half_width
 from flatmin.sharpness.loss_functions import LossFn
 from flatmin.sharpness.measure import Measure

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flatmin.sharpness.counts import checked_count
+from flatmin.arguments import checked_count
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from flatmin.choices import check_choice
+from flatmin.arguments import check_choice
 
 BatchStatistics = Literal["batch", "running"]
 

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor, nn
 
+from flatmin.arguments import check_number, checked_count
 from flatmin.optim import Adaptive, Ball
-from flatmin.sharpness.counts import checked_count
 from flatmin.sharpness.interval import mean_and_half_width
 from flatmin.sharpness.loss_functions import LossFn
 from flatmin.sharpness.measure import Measure, check_finite_loss
@@ -135,9 +135,8 @@ class _Ascent:
     restarts: int
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.rho < math.inf:
-            raise ValueError(f"rho must be >= 0 and finite, got {self.rho}")
-        self.ball.check_ascent_steps(self.steps)
+        check_number("rho", self.rho, ">= 0 and finite")
+        self.ball.check_ascent_steps(self.steps, "steps")
         if self.restarts > 1 and self.ball.p not in (2.0, math.inf):
             raise ValueError(
                 f"restarts must be 1 unless p is 2 or infinity, got {self.restarts} with p = {self.ball.p}"

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn, cast, get_args
 
 import tyro
 
-from flatmin.choices import check_choice
+from flatmin.arguments import check_choice
 from flatmin.train.config import TrainConfig
 from flatmin.train.config_file import load_config
 from flatmin.train.errors import UsageError

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from flatmin import __version__
-from flatmin.choices import check_choice
+from flatmin.arguments import check_choice
 from flatmin.train.errors import TrainingError, UsageError
 
 __all__ = ["COMMANDS", "main"]

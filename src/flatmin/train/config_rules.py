@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from flatmin.choices import check_choice
+from flatmin.arguments import check_choice
 from flatmin.sharpness import SharpnessMonitor
 from flatmin.train.base_optimizer import check_optimizer
 from flatmin.train.data import named_parts

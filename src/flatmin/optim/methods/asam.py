@@ -8,6 +8,7 @@ from flatmin.optim.balls import Ball
 from flatmin.optim.engine import SharpnessAware
 from flatmin.optim.metrics import Adaptive, Scaled
 from flatmin.optim.options import EngineOptions
+from flatmin.optim.wrapper import check_base
 
 
 class ASAM(SharpnessAware):
@@ -39,4 +40,5 @@ class ASAM(SharpnessAware):
         p: float = 2.0,
         **options: Unpack[EngineOptions],
     ) -> None:
+        check_base(base)  # here too: a class and its keywords would fail for a keyword
         super().__init__(base, rho, ball=Ball(p, Adaptive(eta, scaled)), **options)

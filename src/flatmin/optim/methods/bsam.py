@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from flatmin.arguments import check_number
 from flatmin.optim.accumulation import as_kept, reduced
-from flatmin.optim.arguments import check_number, check_pieces
 from flatmin.optim.closures import Closure, as_closures
 from flatmin.optim.diagnostics import Diagnostics
 from flatmin.optim.freshness import mark_used
@@ -17,6 +17,7 @@ from flatmin.optim.groups import count_step, has_radius, radius_of
 from flatmin.optim.leftover import refusing_leftovers
 from flatmin.optim.norms import are_finite
 from flatmin.optim.perturbation import perturb_
+from flatmin.optim.piece_check import check_pieces
 from flatmin.optim.replay import Replay
 from flatmin.optim.saved import Saved
 from flatmin.optim.seeding import seed_of

@@ -4,11 +4,12 @@ from typing import Literal, Unpack
 
 from torch.optim import Optimizer
 
-from flatmin.choices import check_choice
+from flatmin.arguments import check_choice
 from flatmin.optim.balls import Ball
 from flatmin.optim.directions import RandomDirection
 from flatmin.optim.engine import SharpnessAware
 from flatmin.optim.options import EngineOptions
+from flatmin.optim.wrapper import check_base
 
 
 class SAM(SharpnessAware):
@@ -51,6 +52,7 @@ class SAM(SharpnessAware):
         seed: int = 0,
         **options: Unpack[EngineOptions],
     ) -> None:
+        check_base(base)  # here too: a class and its keywords would fail for a keyword
         check_choice("direction", direction, ("gradient", "random"))
         drawn = RandomDirection(seed, after_clean_pass=True) if direction == "random" else None
         super().__init__(base, rho, direction=drawn, ball=Ball(p), **options)

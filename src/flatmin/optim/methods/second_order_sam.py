@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from flatmin.optim.arguments import check_pieces
 from flatmin.optim.balls import spread
 from flatmin.optim.base_step import guarded_step
 from flatmin.optim.diagnostics import Diagnostics
@@ -18,6 +17,7 @@ from flatmin.optim.generators import generators_of, set_generators
 from flatmin.optim.groups import count_step, has_radius
 from flatmin.optim.memory import Memory
 from flatmin.optim.norms import cosine_of, joint_dot, joint_norm
+from flatmin.optim.piece_check import check_pieces
 from flatmin.optim.schedules import RhoSchedule, set_radii
 from flatmin.optim.sharding import is_sharded
 from flatmin.optim.space import ActiveGroup, Space, active_space, as_real, refuse_sparse

@@ -4,7 +4,7 @@ from typing import Unpack
 
 from torch.optim import Optimizer
 
-from flatmin.optim.arguments import check_number
+from flatmin.arguments import check_number
 from flatmin.optim.combine import Blend, Combine, Decoupled
 from flatmin.optim.engine import SharpnessAware
 from flatmin.optim.options import EngineOptions

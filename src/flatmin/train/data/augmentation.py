@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 import torch
 
-from flatmin.choices import check_choice
+from flatmin.arguments import check_choice
 from flatmin.train.data.autoaugment import AutoAugment, RandAugment
 from flatmin.train.data.crops import Draws, PaddingMode
 

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from flatmin.choices import check_choice
+from flatmin.arguments import check_choice
 from flatmin.train.data.operations import KINDS, Operations
 from flatmin.train.data.policies import POLICIES, PolicyName, SubPolicy
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from flatmin.choices import check_choice
+from flatmin.arguments import check_choice
 from flatmin.train.data.augmentation import Augmentation
 from flatmin.train.data.image_set import ImageSet
 from flatmin.train.data.normalization import Normalization

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from flatmin.choices import check_choice
+from flatmin.arguments import check_choice
 from flatmin.sharpness import (
     Measure,
     average_case,

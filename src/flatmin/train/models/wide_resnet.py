@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatmin.choices import check_choice
+from flatmin.arguments import check_choice
 from flatmin.train.models.initialisation import he_normal_, uniform_head_
 from flatmin.train.models.pool_pad import PoolPad
 

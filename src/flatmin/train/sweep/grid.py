@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from flatmin.choices import check_choice
+from flatmin.arguments import check_choice
 from flatmin.train.config import Method, TrainConfig
 from flatmin.train.config_difference import NEUTRAL_FIELDS
 from flatmin.train.config_file import typed_value

@@ -1,23 +1,6 @@
-"""What constructors are given: refused where it is made no use of, with the argument's name, the rule and the value."""
+"""The pieces that constructors are given: refused where they cannot do their argument's part."""
 
-import math
-from collections.abc import Callable
-from numbers import Real
 from typing import Any
-
-_RULES: dict[str, Callable[[Any], bool]] = {
-    ">= 0": lambda number: number >= 0,
-    ">= 1": lambda number: number >= 1,
-    "no NaN": lambda number: not math.isnan(number),
-    "finite": math.isfinite,
-    ">= 0 and finite": lambda number: 0 <= number < math.inf,
-    "> 0 and finite": lambda number: 0 < number < math.inf,
-    "in [0, 1]": lambda number: 0 <= number <= 1,
-    "in [0, 1] or None": lambda number: 0 <= number <= 1,
-    "in [0, 1)": lambda number: 0 <= number < 1,
-    "two numbers in [0, 1)": lambda number: 0 <= number < 1,
-    "in (0, 1]": lambda number: 0 < number <= 1,
-}
 
 _PIECES: dict[str, tuple[str, tuple[str, ...]]] = {
     "direction": ("a direction, such as Gradient()", ("__call__", "needs_clean_gradient", "depends_on_scale")),
@@ -29,24 +12,6 @@ _PIECES: dict[str, tuple[str, tuple[str, ...]]] = {
     "rho_schedule": ("a function of the step and a group, such as WarmUp(100)", ("__call__",)),
     "model": ("a torch.nn.Module", ("register_forward_pre_hook", "parameters")),
 }
-
-
-def check_number(name: str, value: Any, rule: str) -> None:
-    """Refuse what is no number, or one outside its domain.
-
-    Args:
-        name: Of the argument.
-        value: What was given for it.
-        rule: One of those above.
-
-    Raises:
-        TypeError: It is no number; booleans are none.
-        ValueError: It breaks the rule.
-    """
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not _RULES[rule](value):
-        raise ValueError(f"{name} must be {rule}, got {value}")
 
 
 def check_pieces(**given: Any) -> None:

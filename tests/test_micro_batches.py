@@ -256,3 +256,10 @@ def test_what_is_remembered_is_the_mean_over_the_micro_batches():
         torch.testing.assert_close(weights.detach(), before - 0.1 * sum(followed) / 3, rtol=1e-12, atol=0.0)
         mean = sum(along) / 3
         torch.testing.assert_close(optimizer.state[weights]["smoothed_gradient"], mean, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_loss_of_several_micro_batches_holds_no_graph(shared):
+    model = tiny_network()
+    optimizer = flatmin.SAM(_sgd(model), 0.1, model=model)
+    assert not in_a_list(optimizer, _losses(model), shared_perturbation=shared).requires_grad

@@ -1,6 +1,7 @@
 """Micro-batches at the edges: closures of other kinds, rules that say no, and loops that stop half-way."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -259,3 +260,30 @@ def test_what_is_remembered_is_the_mean_over_the_micro_batches():
         torch.testing.assert_close(weights.detach(), before - 0.1 * sum(followed) / 3, rtol=1e-12, atol=0.0)
         mean = sum(along) / 3
         torch.testing.assert_close(optimizer.state[weights]["smoothed_gradient"], mean, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_loss_of_several_micro_batches_holds_no_graph(shared):
+    model = tiny_network()
+    optimizer = flatmin.SAM(_sgd(model), 0.1, model=model)
+    assert not in_a_list(optimizer, _losses(model), shared_perturbation=shared).requires_grad
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_closures_need_not_zero_the_gradients_that_steps_have_used(shared):
+    ends = []
+    for zeroes in (True, False):
+        weights = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+        optimizer = flatmin.SAM(torch.optim.SGD([weights], lr=0.1), 0.3)
+
+        def closure(curvature, weights=weights, optimizer=optimizer, zeroes=zeroes):
+            if zeroes:
+                optimizer.zero_grad()
+            loss = quadratic(curvature, weights)
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            optimizer.step([partial(closure, a) for a in _CURVATURES], shared_perturbation=shared)
+        ends.append(weights.detach())
+    assert torch.equal(*ends)

@@ -72,3 +72,22 @@ def test_joint_dot_equals_the_dot_product_of_one_vector():
 def test_empty_tensors_have_no_length(p):
     assert joint_norm([torch.empty(0), torch.empty(0, 3)], p).item() == 0.0
     assert joint_norm([torch.empty(0, 3), torch.full((1,), 2.0)], p).item() == 2.0
+
+
+@pytest.mark.parametrize("num_tensors", [64, 65, 200])
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
+def test_each_of_many_short_tensors_counts(num_tensors, p):
+    """Lengths 1, 2, 3, … and the largest entry in the last one."""
+    tensors = [torch.full((index % 7 + 1,), 1.0 + index, dtype=torch.float64) for index in range(num_tensors)]
+    expected = torch.linalg.vector_norm(torch.cat(tensors), p).item()
+    for index in (0, num_tensors // 2, num_tensors - 1):
+        without = torch.linalg.vector_norm(torch.cat(tensors[:index] + tensors[index + 1 :]), p).item()
+        assert joint_norm(tensors[:index] + tensors[index + 1 :], p).item() == pytest.approx(without, rel=1e-12)
+    assert joint_norm(tensors, p).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_inverse_of_a_norm_is_finite_or_the_norm_zero(dtype):
+    for power in range(-50, -30):
+        norm = joint_norm([torch.full((3,), 10.0**power, dtype=dtype)])
+        assert norm == 0 or (1 / norm).isfinite()

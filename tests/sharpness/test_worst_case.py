@@ -153,7 +153,8 @@ def test_restarts_of_one_step_climb_from_where_they_start_and_count_it(seed: int
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_no_start_lies_outside_the_ball(adaptive: bool, steps: int) -> None:
-    weights, gradient = slope(2), convex() @ slope(2) + slope()
+    weights = 0.1 * slope(2)
+    gradient = convex() @ weights + slope()
     scale = torch.diag(weights.abs()) if adaptive else torch.eye(SIZE).double()
     exact = highest_in_ball(scale @ convex() @ scale, scale @ gradient, 0.8)
     model = Quadratic(convex(), slope(), weights)

@@ -318,6 +318,7 @@ def test_randaugment_draws_its_sixteen_operations_uniformly_and_always_applies_t
         ("Posterize", 7, 2, 2),
         ("Posterize", 3, 3, 1),
         ("Solarize", 3, 180, 76),
+        ("Solarize", 9, 26, 230),
         ("Cutout", 3, 6, 60),
         ("Color", 9, 1.72, 1.72),
         ("ShearY", 8, 0.24, 0.24),

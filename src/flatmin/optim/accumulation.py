@@ -67,6 +67,8 @@ def one_after_another(
 ) -> Callable[[], Tensor]:
     """One closure for a batch whose micro-batches have one each: loss and gradient are their mean, or their sum.
 
+    Called with no gradients about.
+
     Args:
         closures: The micro-batches' closures.
         params: Gives all parameters.
@@ -77,8 +79,6 @@ def one_after_another(
     def closure() -> Tensor:
         total, losses = GradientSum(), []
         for part in closures:
-            for param in params():
-                param.grad = None
             losses.append(part())
             total.take(params())
             after_each()

@@ -87,7 +87,11 @@ def draw_curve(panel: Axes, axis: str, cases: list[Result]) -> None:
     own = "perturb and restore" if axis in {"parameters", "tensors"} else "SAM step"
     for contender, label, colour in (("sam", own, OURS), ("sgd", reference, PLAIN)):
         panel.plot(sizes, [case["medians"][contender] for case in cases], "o-", label=label, color=colour, markersize=3)
-    panel.set_xscale("log", base=2 if axis != "tensors" else 10)
+    panel.set_xscale("log", base=2)
+    if axis != "parameters":  # numbers that are read more easily than powers of 2
+        shown = sizes if len(sizes) <= 3 else sizes[::2]
+        panel.set_xticks(shown, [str(size) for size in shown])
+        panel.minorticks_off()
     panel.set_yscale("log")
     panel.set_xlabel(axis)
     panel.set_ylabel("seconds")

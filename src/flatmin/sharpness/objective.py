@@ -17,6 +17,7 @@ from flatmin.sharpness.measure import Setting
 from flatmin.sharpness.ranks import share_buffers_, sum_over_ranks
 from flatmin.sharpness.selection import Selection, described, select_params
 from flatmin.sharpness.unchanged import BatchStatistics, batch_norm_layers, same_random_numbers, unchanged, wide
+from flatmin.uncompiled import uncompiled
 
 
 class LossOptions(TypedDict, total=False):
@@ -50,7 +51,8 @@ class Objective:
     starts from the same random state, so that a loader which shuffles or augments gives the same batches each time.
 
     Args:
-        model: The network. Of a ``DistributedDataParallel`` the module inside is taken.
+        model: The network. Of a ``DistributedDataParallel`` and of a compiled one the module inside is taken; whatever
+            is compiled runs as it is, since compiled functions cannot be differentiated twice.
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss of the batch. A module such as
             ``torch.nn.CrossEntropyLoss()`` or a function of ``torch.nn.functional``, also a ``functools.partial`` of
             one, is called as ``loss_fn(model(inputs), targets)`` on batches ``(inputs, targets)``.
@@ -66,7 +68,7 @@ class Objective:
         refuse_unknown(options, LossOptions)
         if isinstance(data, Iterator):
             raise TypeError(f"data must be iterable more than once, got the iterator {type(data).__name__}")
-        self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+        self.model = _inside(model)
         self.data = data
         self.loss_fn = on_batches(loss_fn)
         micro_batch = options.get("micro_batch")
@@ -112,7 +114,7 @@ class Objective:
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """Prepare the model, and leave it as it was whatever happens inside."""
-        with unchanged(self.model, self.batch_norm or "running") as weights, torch.enable_grad():
+        with uncompiled(), unchanged(self.model, self.batch_norm or "running") as weights, torch.enable_grad():
             by_param: dict[Tensor, Tensor] = dict(zip(self.model.parameters(), weights, strict=True))
             self._weights = [by_param[param] for param in self.params]
             share_buffers_(self.model, self.process_group)
@@ -242,6 +244,15 @@ def refuse_unknown(options: Mapping[str, Any], known: type) -> None:
     unknown = sorted(options.keys() - names)
     if unknown:
         raise TypeError(f"options must be among {', '.join(names)}, got {', '.join(unknown)}")
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The module in wrappers: of replicas, and of ``torch.compile``."""
+    while True:
+        inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def _checked_batch_norm(

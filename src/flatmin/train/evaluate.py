@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -15,8 +12,9 @@ from torch import Tensor, nn
 
 from flatmin.train.launch import forward
 from flatmin.train.sums import wide_zeros
+from flatmin.uncompiled import uncompiled
 
-__all__ = ["Evaluation", "evaluate", "uncompiled"]
+__all__ = ["Evaluation", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -67,12 +65,6 @@ def evaluate(
     loss_sum, *num_hits, num_images = reduced.tolist()
     errors = [100 * (num_images - hits) / num_images for hits in num_hits]
     return Evaluation(loss_sum / num_images, errors[0], errors[1], int(num_images))
-
-
-def uncompiled() -> AbstractContextManager[Any]:
-    """Run a compiled network as it is inside the block: compiling it for evaluation would take longer than it saves."""
-    is_in_use = "torch._dynamo" in sys.modules  # which takes seconds to import
-    return torch.compiler.set_stance("force_eager") if is_in_use else nullcontext()
 
 
 def share_buffers(fabric: Fabric, model: nn.Module) -> None:

@@ -12,7 +12,6 @@ from flatmin.sharpness import SharpnessMonitor
 from flatmin.train.config import TrainConfig
 from flatmin.train.data import EvalLoader
 from flatmin.train.errors import TrainingError
-from flatmin.train.evaluate import uncompiled
 from flatmin.train.launch import forward
 from flatmin.train.state import TrainingState
 
@@ -85,14 +84,13 @@ class EpochSharpness:
 
     def _measured(self, model: nn.Module) -> dict[str, float]:
         several = self.fabric.world_size > 1
-        with uncompiled():  # compiled functions cannot be differentiated twice
-            return self.monitor.measure(
-                model,
-                self._loss,
-                self.sample,
-                batch_norm=self.config.sharpness_batchnorm,
-                process_group=torch.distributed.group.WORLD if several else None,
-            )
+        return self.monitor.measure(
+            model,
+            self._loss,
+            self.sample,
+            batch_norm=self.config.sharpness_batchnorm,
+            process_group=torch.distributed.group.WORLD if several else None,
+        )
 
     def _loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch

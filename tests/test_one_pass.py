@@ -1,20 +1,10 @@
-"""One-pass methods: plain training's cost, weights that rest at w + eps, and the true ones on show."""
+"""One-pass methods: plain training's cost, and weights that rest at w + eps."""
 
 import copy
-import io
-import pickle
-from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed import checkpoint
-from torch.distributed.checkpoint.state_dict import (
-    get_optimizer_state_dict,
-    get_state_dict,
-    set_optimizer_state_dict,
-    set_state_dict,
-)
 from torch.nn.functional import cross_entropy
 
 import flatmin
@@ -25,52 +15,12 @@ from flatmin.optim import (
     Filtered,
     Gradient,
     LayerBall,
-    RandomDirection,
     StaleGradient,
     WarmUp,
-    Window,
 )
 from flatmin.optim.filters import Centralised
-from flatmin.sharpness import hessian_eigenvalues, worst_case
+from one_pass_methods import BASES, METHODS, backward, every_method, made, run
 from problems import batches, tiny_network
-
-METHODS = {
-    "MSAM": lambda base, rho=0.3, **o: flatmin.MSAM(base, rho, **o),
-    "AdaptiveMSAM": lambda base, rho=0.3, **o: flatmin.AdaptiveMSAM(base, rho, **o),
-    "stale": lambda base, rho=0.3, **o: flatmin.OnePass(base, rho, direction=StaleGradient(), **o),
-    "random": lambda base, rho=0.3, **o: flatmin.OnePass(base, rho, direction=RandomDirection(), **o),
-    "layers": lambda base, rho=0.3, **o: flatmin.OnePass(base, rho, ball=LayerBall(), **o),
-    "centralised": lambda base, rho=0.3, **o: flatmin.OnePass(
-        base, rho, direction=Filtered(BaseMomentum(), Centralised()), **o
-    ),
-}
-BASES = {
-    "sgd": lambda params, **o: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-3, **o),
-    "adam": lambda params, **o: torch.optim.Adam(params, lr=0.01, **o),
-    "nadam": lambda params, **o: torch.optim.NAdam(params, lr=0.01, **o),
-    "adamw-fused": lambda params, **o: torch.optim.AdamW(params, lr=0.01, fused=True, **o),
-}
-every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-
-
-def run(optimizer, model, steps):
-    """An ordinary training loop, with dropout masks of the step's own."""
-    data = batches(next(model.parameters()).dtype)
-    losses = []
-    for step in steps:
-        torch.manual_seed(100 + step)
-        inputs, labels = data[step % len(data)]
-        optimizer.zero_grad()
-        loss = cross_entropy(model(inputs), labels)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return losses
-
-
-def made(method, base="sgd", dtype=torch.float32, seed=0, **options):
-    model = tiny_network(seed, dtype)
-    return model, method(BASES[base](model.parameters()), **options)
 
 
 def _scaling(eta, w):
@@ -136,139 +86,6 @@ def test_the_step_length_is_rho(method):
         )  # the first has no gradient
     else:
         torch.testing.assert_close(lengths.norm(), torch.tensor(0.25, dtype=torch.float64))
-
-
-@every_method
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_looking_at_the_true_weights_leaves_no_trace(method, dtype):
-    model, optimizer = made(method, dtype=dtype)
-    other, undisturbed = made(method, dtype=dtype)
-    with optimizer.unperturbed():
-        pass  # before the first step they are at home, whatever the direction is
-    assert torch.equal(everything(model), everything(other))
-    for step in range(6):
-        run(optimizer, model, range(step, step + 1))
-        before = everything(model)
-        with optimizer.unperturbed(), optimizer.unperturbed():
-            assert step == 0 or not torch.equal(everything(model), before)
-        assert torch.equal(everything(model), before)
-    run(undisturbed, other, range(6))
-    assert torch.equal(everything(model), everything(other))
-
-
-@every_method
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize(
-    ("shown", "model_last"),
-    [(False, False), (True, False), (False, True)],
-    ids=["saved at rest", "saved on show", "saved at rest, model loaded last"],
-)
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(method, base, shown, model_last):
-    model, optimizer = made(method, base)
-    run(optimizer, model, range(4))
-    file = io.BytesIO()
-    if shown:
-        with optimizer.unperturbed():
-            torch.save([model.state_dict(), optimizer.state_dict()], file)
-    else:
-        torch.save([model.state_dict(), optimizer.state_dict()], file)
-    run(optimizer, model, range(4, 8))
-    file.seek(0)
-    weights, state = torch.load(file, weights_only=True)
-    has_copy = any("true_weights" in entry for entry in state["state"].values())
-    assert has_copy != shown
-    resumed, resumed_optimizer = made(method, base, seed=1, rho=0.9)
-    for each, saved in [(resumed, weights), (resumed_optimizer, state)][:: -1 if model_last else 1]:
-        each.load_state_dict(saved)
-    run(resumed_optimizer, resumed, range(4, 8))
-    assert torch.equal(everything(resumed), everything(model))
-
-
-def test_a_state_that_has_lost_the_true_weights_is_refused():
-    model, optimizer = made(METHODS["MSAM"])
-    run(optimizer, model, range(2))
-    state = optimizer.state_dict()
-    assert [state["param_groups"][0]["is_perturbed"], optimizer.param_groups[0]["is_perturbed"]] == [True, False]
-    for entry in state["state"].values():
-        entry.pop("true_weights", None)
-    with pytest.raises(ValueError, match="has lost w"):
-        optimizer.load_state_dict(state)
-
-
-@every_method
-def test_torch_distributed_checkpoint_resumes_bit_for_bit(method):
-    model, optimizer = made(method)
-    model.unused.requires_grad_(False)
-    run(optimizer, model, range(4))
-    resumed, resumed_optimizer = made(method, seed=1)
-    resumed.unused.requires_grad_(False)
-    with optimizer.unperturbed():
-        resumed.load_state_dict(model.state_dict())
-        saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
-    set_optimizer_state_dict(resumed, resumed_optimizer, saved)
-    run(optimizer, model, range(4, 8))
-    run(resumed_optimizer, resumed, range(4, 8))
-    assert torch.equal(everything(resumed), everything(model))
-
-
-@every_method
-@pytest.mark.parametrize("by_closure", [False, True], ids=["zero_grad", "closure"])
-def test_weights_loaded_after_the_optimizer_are_perturbed_before_their_first_gradient(method, by_closure):
-    """The order of torch's ``set_state_dict``; w comes without the copy, because it was saved inside."""
-    model, optimizer = made(method)
-    run(optimizer, model, range(4))
-    resumed, resumed_optimizer = made(method, seed=1)
-    with optimizer.unperturbed():
-        resumed_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        resumed.load_state_dict(model.state_dict())
-    run(optimizer, model, range(4, 8))
-    if by_closure:
-        torch.manual_seed(104)
-        inputs, labels = batches()[4]
-
-        def closure():
-            loss = cross_entropy(resumed(inputs), labels)
-            loss.backward()
-            return loss
-
-        resumed_optimizer.step(closure)
-    run(resumed_optimizer, resumed, range(5 if by_closure else 4, 8))
-    assert torch.equal(everything(resumed), everything(model))
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is")
-@pytest.mark.parametrize("is_shown", [True, False], ids=["inside", "at rest"])
-@pytest.mark.parametrize("method", [METHODS["MSAM"], METHODS["stale"]], ids=["MSAM", "stale"])
-def test_files_of_torch_distributed_checkpoint_resume_if_saved_inside_unperturbed(method, is_shown, tmp_path):
-    """The page says so; files that were saved at rest have lost w."""
-    model, optimizer = made(method)
-    model.unused.requires_grad_(False)
-    run(optimizer, model, range(4))
-    with optimizer.unperturbed() if is_shown else nullcontext():
-        model_state, optimizer_state = get_state_dict(model, optimizer)
-        checkpoint.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=tmp_path)
-    resumed, resumed_optimizer = made(method, seed=1)
-    resumed.unused.requires_grad_(False)
-    model_state, optimizer_state = get_state_dict(resumed, resumed_optimizer)
-    checkpoint.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=tmp_path)
-    with nullcontext() if is_shown else pytest.raises(ValueError, match="has lost w"):
-        set_state_dict(resumed, resumed_optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
-    if is_shown:
-        run(optimizer, model, range(4, 8))
-        run(resumed_optimizer, resumed, range(4, 8))
-        assert torch.equal(everything(resumed), everything(model))
-
-
-@every_method
-@pytest.mark.parametrize("what", ["deepcopy", "pickle"])
-def test_a_copy_goes_on_like_the_original(method, what):
-    model, optimizer = made(method)
-    run(optimizer, model, range(3))
-    both = (model, optimizer)
-    model_copy, optimizer_copy = copy.deepcopy(both) if what == "deepcopy" else pickle.loads(pickle.dumps(both))
-    run(optimizer, model, range(3, 6))
-    run(optimizer_copy, model_copy, range(3, 6))
-    assert torch.equal(everything(model_copy), everything(model))
 
 
 @every_method
@@ -407,18 +224,6 @@ def test_errors_say_what_is_wrong():
         flatmin.AdaptiveMSAM(torch.optim.SGD(groups, lr=0.1, momentum=0.9))
 
 
-def test_a_state_that_is_loaded_while_the_true_weights_are_on_show_leaves_them_there():
-    model, optimizer = made(METHODS["MSAM"])
-    run(optimizer, model, range(3))
-    state, rests = copy.deepcopy(optimizer.state_dict()), everything(model)
-    with optimizer.unperturbed():
-        true = everything(model)
-        optimizer.load_state_dict(state)
-        assert torch.equal(everything(model), true)
-        assert not torch.equal(true, rests)
-    assert torch.equal(everything(model), rests)
-
-
 def test_a_schedule_sets_the_radius_of_the_way_out():
     model, optimizer = made(METHODS["MSAM"], dtype=torch.float64, rho_schedule=WarmUp(4))
     for step in range(6):
@@ -444,15 +249,6 @@ def test_narrow_weights_are_rounded_anew_in_each_step():
     assert torch.equal(weights, rests[1])  # control: the same step
 
 
-def test_weights_that_are_loaded_while_others_rest_count_as_true():
-    model, optimizer = made(METHODS["MSAM"])
-    run(optimizer, model, range(3))
-    fresh = tiny_network(seed=5)
-    model.load_state_dict(fresh.state_dict())
-    with optimizer.unperturbed():
-        assert torch.equal(everything(model), everything(fresh))
-
-
 class _OtherNames(torch.optim.Adagrad):
     """Has momentum, which it keeps under a name of its own."""
 
@@ -469,57 +265,6 @@ def test_a_base_whose_momentum_cannot_be_found_is_refused():
     optimizer = flatmin.MSAM(_OtherNames(model.parameters()))
     with pytest.raises(TypeError, match="base must keep its first moment .* got step, sum"):
         run(optimizer, model, range(2))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
-def test_weights_that_are_swapped_out_and_in_again_are_none_of_others(method, dtype):
-    found = []
-    for swaps in (False, True):
-        model, optimizer = made(method, dtype=dtype)
-        for step in range(6):
-            run(optimizer, model, range(step, step + 1))
-            if swaps:
-                kept = copy.deepcopy(model.state_dict())
-                model.load_state_dict(tiny_network(seed=5).state_dict())
-                model.load_state_dict(kept)
-        with optimizer.unperturbed():
-            found.append(everything(model))
-    assert torch.equal(*found)
-
-
-def test_measuring_sharpness_leaves_resting_weights_and_used_gradients_as_they_are():
-    model, optimizer = made(METHODS["MSAM"])
-    run(optimizer, model, range(3))
-    params = [param for param in model.parameters() if param.grad is not None]
-    versions = [(param._version, param.grad._version) for param in params]
-    worst_case(model, cross_entropy, batches(), rho=0.05, batch_norm="running")
-    hessian_eigenvalues(model, cross_entropy, batches(), k=1, batch_norm="running", max_iterations=2)
-    assert versions == [(param._version, param.grad._version) for param in params]
-    optimizer.param_groups[0]["rho"] = 0.1  # so that the weights could not be recognised by perturbing again
-    model_again, again = made(METHODS["MSAM"])
-    run(again, model_again, range(3))
-    with optimizer.unperturbed(), again.unperturbed():
-        assert torch.equal(everything(model), everything(model_again))
-
-
-def test_weights_written_past_autograd_count_inside_of_unperturbed_alone():
-    model, optimizer = made(METHODS["MSAM"])
-    for is_shown in (True, False):
-        run(optimizer, model, range(3))
-        with optimizer.unperturbed() if is_shown else nullcontext():
-            model.last.weight.data.fill_(2.0)
-        with optimizer.unperturbed():
-            assert is_shown == bool((model.last.weight == 2.0).all())
-
-
-def test_the_weights_rest_at_home_where_when_says_so():
-    model, optimizer = made(METHODS["MSAM"], when=Window(3, 5))
-    for step in range(7):
-        run(optimizer, model, range(step, step + 1))
-        before = everything(model)
-        with optimizer.unperturbed():
-            assert torch.equal(everything(model), before) == (optimizer.param_groups[0]["num_steps"] not in (3, 4))
 
 
 def test_a_maximised_group_looks_ahead_too():
@@ -568,12 +313,5 @@ def test_a_group_added_late_brings_its_names():
     optimizer = flatmin.AdaptiveMSAM(base, scaled="weights")
     optimizer.add_param_group({"params": [("last.weight", model.last.weight)]})
     for _ in range(2):
-        optimizer.step(lambda: _backward(model))
+        optimizer.step(lambda: backward(model))
     assert optimizer.diagnostics.num_perturbed_steps == 1
-
-
-def _backward(model):
-    inputs, labels = batches()[0]
-    loss = cross_entropy(model(inputs), labels)
-    loss.backward()
-    return loss

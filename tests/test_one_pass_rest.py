@@ -8,9 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from doors import everything
-from flatmin.optim import (
-    Window,
-)
+from flatmin.optim import Window
 from flatmin.sharpness import hessian_eigenvalues, worst_case
 from one_pass_methods import METHODS, every_method, made, run
 from problems import batches, tiny_network
@@ -92,3 +90,20 @@ def test_the_weights_rest_at_home_where_when_says_so():
         before = everything(model)
         with optimizer.unperturbed():
             assert torch.equal(everything(model), before) == (optimizer.param_groups[0]["num_steps"] not in (3, 4))
+
+
+@pytest.mark.parametrize("look", [lambda optimizer: optimizer.state_dict(), copy.deepcopy, lambda optimizer: None])
+def test_weights_that_are_loaded_while_others_rest_survive_a_checkpoint_and_a_copy(look):
+    model, optimizer = made(METHODS["MSAM"])
+    run(optimizer, model, range(3))
+    written = {name: value + 1.0 for name, value in tiny_network().state_dict().items() if value.is_floating_point()}
+    model.load_state_dict(written, strict=False)
+    found = look(optimizer)
+    with optimizer.unperturbed():
+        assert all(torch.equal(param, written[name]) for name, param in model.named_parameters())
+    if isinstance(found, dict):
+        entries = [found["state"][index]["true_weights"] for index in range(len(found["state"]))]
+        assert all(
+            torch.equal(x, written[name]) for x, (name, _) in zip(entries, model.named_parameters(), strict=True)
+        )
+    assert not torch.equal(model.first.weight, written["first.weight"])  # they rest where their gradient is wanted

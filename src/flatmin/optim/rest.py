@@ -53,19 +53,15 @@ class Rest:
 
     @torch.no_grad()
     def go_home(self) -> None:
-        """From where the weights rest to w, unless somebody has written others there."""
-        if self.is_as_left():
-            self._visit.go_home()
-        else:
-            self._visit.forget()
+        """To w, whoever has written to the weights since."""
+        self._visit.go_home()
         self._versions, self._loaded = [], []
 
     @torch.no_grad()
     def take_home(self) -> list[tuple[Tensor, Tensor]]:
-        """To w, whoever has written; returns each parameter with a copy of what it held."""
+        """The same; returns each parameter with a copy of what it held."""
         found = [(param, param.clone()) for param in self._visit.params]
-        self._visit.go_home()
-        self._versions, self._loaded = [], []
+        self.go_home()
         return found
 
     @torch.no_grad()

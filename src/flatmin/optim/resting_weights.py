@@ -77,6 +77,7 @@ class RestingWeights(Wrapper):
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict, with ``rho`` in its groups; also w where the weights rest at w + eps."""
+        self._settle()
         true = self._rest.true_weights()
         for owner, value in true.items():
             self.state[owner][_TRUE_WEIGHTS] = value
@@ -115,6 +116,7 @@ class RestingWeights(Wrapper):
         self._rest.await_model()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._settle()
         return {**super().__getstate__(), "_rest": Rest(), "true_weights": self._rest.true_weights()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
